@@ -1,0 +1,1 @@
+"""The public operators: checks, PyTorch registration, autograd."""

@@ -1,0 +1,86 @@
+"""What every operator asks of its arguments. All of it runs before anything is launched."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Each argument is a real floating-point tensor, all on one device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(tensor.dtype)}")
+    check_device(**tensors)
+
+
+def check_device(**tensors: Tensor) -> None:
+    """All arguments are on one device."""
+    (first, reference), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {reference.device}")
+
+
+def check_rank(dims: str, **tensors: Tensor) -> None:
+    """Each argument has one axis for each name in ``dims``, such as "B T C", and no axis is empty."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != len(dims.split()):
+            raise ValueError(f"{name} must be [{', '.join(dims.split())}], got shape {_shape(tensor)}")
+        for dim, size in zip(dims.split(), tensor.shape, strict=True):
+            if size == 0:
+                raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
+
+
+def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """Each argument has exactly this shape; ``dims`` names its axes in the message."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be [{', '.join(dims.split())}] = {list(shape)}, got shape {_shape(tensor)}")
+
+
+def check_dtype(dtype: torch.dtype, why: str, **tensors: Tensor) -> None:
+    """Each argument has this dtype; ``why`` ends the message."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {_short(dtype)} {why}, got {_short(tensor.dtype)}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """``cu_seqlens`` is 0 = c_0 < c_1 < ... < c_N = T, for a batch of one.
+
+    The values are looked at on the CPU only: on a GPU that would wait for the device. There, offsets that break the
+    rule give wrong numbers, but never touch memory outside the tensors.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {_short(cu_seqlens.dtype)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be [N + 1] with N at least 1, got shape {_shape(cu_seqlens)}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        ascending = all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        if offsets[0] != 0 or offsets[-1] != length or not ascending:
+            raise ValueError(f"cu_seqlens must increase from 0 to T = {length}, got {_abbreviated(offsets)}")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any argument is float64, else float32: the dtype of sums, states and their gradients."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _abbreviated(offsets: list[int]) -> str:
+    return str(offsets) if len(offsets) <= 8 else f"{str(offsets[:4])[:-1]}, ..., {str(offsets[-3:])[1:]}"

@@ -1,0 +1,29 @@
+"""Registration with PyTorch: one schema an operator, one implementation a device. The only dispatch there is."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fastwkv", "DEF")
+
+
+def register(schema: str, module: str, fake: Callable[..., Any]) -> None:
+    """Register an operator whose launcher has the same name in ``kernels.<module>`` and ``kernels.cpu.<module>``.
+
+    The launchers are imported when they are first called, so that importing the package needs neither Triton nor
+    numba, and a machine without Triton still has the CPU path.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(name, _launcher(f"fastwkv.kernels.cpu.{module}", name), "CPU")
+    _library.impl(name, _launcher(f"fastwkv.kernels.{module}", name), "CUDA")
+    torch.library.register_fake(f"fastwkv::{name}", fake, lib=_library)
+
+
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(module), name)(*args)
+
+    return launch
