@@ -1,0 +1,96 @@
+"""Text generation, a token at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastwkv.nn.rwkv4 import RWKV4
+from fastwkv.nn.state import RWKV4State
+
+
+def generate(
+    model: RWKV4,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    state: RWKV4State | None = None,
+) -> Iterator[Tensor]:
+    """Continue a batch of texts, yielding each new token as soon as it is known.
+
+    The prompt is read in parallel, then every token costs one recurrent step: the same time and memory at any length.
+    A token is the most likely one at temperature 0. Otherwise it is drawn from softmax(logits / temperature),
+    restricted to the smallest set of most likely tokens whose probabilities reach ``top_p`` together ("The Curious
+    Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1).
+
+    The model runs in inference mode, the code between two yields does not. Arguments are checked at the call, not at
+    the first token.
+
+    Args:
+        model: an :class:`~fastwkv.nn.RWKV4`.
+        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1.
+        max_new_tokens: how many tokens to yield, 0 or more.
+        temperature: 0 or more.
+        top_p: above 0, at most 1. With temperature 0 it changes nothing.
+        seed: of this call's own random generator, on the device of the model; None draws a new one.
+        state: what the model remembers of the text before the prompt; empty if None.
+
+    Yields:
+        int64 ``[B]``, one new token of every text.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of range, or ``tokens`` or ``state`` does not fit the model.
+    """
+    if not isinstance(model, RWKV4):
+        raise TypeError(f"model must be an RWKV4, got {type(model).__name__}")
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
+        raise TypeError(f"max_new_tokens must be an int, got {type(max_new_tokens).__name__}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+    model.check_inputs(tokens, state)
+    generator = torch.Generator(model.head.weight.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return _stream(model, tokens, max_new_tokens, temperature, top_p, generator, state)
+
+
+def _stream(
+    model: RWKV4,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+    state: RWKV4State | None,
+) -> Iterator[Tensor]:
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            x, state = model.features(tokens, state)
+            token = sample(model.head(x[:, -1]), temperature, top_p, generator)
+            tokens = token[:, None]
+        yield token.clone()  # made outside inference mode, so that the caller may train on it
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Draw a token ``[B]`` from logits ``[B, V]``, as :func:`generate` says."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        # The likeliest token always stays: nothing comes before it.
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
