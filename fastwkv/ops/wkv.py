@@ -106,7 +106,7 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
 
 
 class WKV(torch.autograd.Function):
-    """WKV under autograd. States are packed as ``[3, N, C]``; kernels/wkv.py holds the adjoint."""
+    """WKV under autograd. States are packed as ``[3, N, C]``, their adjoints (gm, gl) as ``[2, N, C]``; see kernels/wkv.py."""
 
     @staticmethod
     def forward(
@@ -117,22 +117,43 @@ class WKV(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep the inputs and the checkpoints, nothing else."""
-        checkpoints = output[2]
+        """Keep the inputs, the final state and the checkpoints, nothing else."""
+        _, final, checkpoints = output
         ctx.mark_non_differentiable(checkpoints)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, checkpoints)
+        ctx.save_for_backward(*inputs, final, checkpoints)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Run the adjoint recurrence over the saved inputs."""
-        w, u, k, v, initial, cu_seqlens, checkpoints = ctx.saved_tensors
+        w, u, k, v, initial, cu_seqlens, final, checkpoints = ctx.saved_tensors
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
+        if gfinal is not None:
+            gfinal = _adjoint_of_final(final, gfinal)
         gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(
             w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal
         )
-        return gw, gu, gk, gv, None if initial is None else ginitial, None
+        return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
+
+
+# The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go
+# out are (num, den, max). The chain rule between the two is in the next two functions and nowhere else.
+
+
+def _adjoint_of_final(final: Tensor, gfinal: Tensor) -> Tensor:
+    num, den, _ = final
+    gnum, gden, _ = gfinal  # max is a constant on the way out
+    return torch.stack((den * gnum, num * gnum + den * gden))
+
+
+def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
+    num, den, _ = initial
+    gm, gl = adjoint
+    den_or_one = torch.where(den == 0, 1, den)  # an empty state: the kernels too have counted its den as 1
+    gnum = gm / den_or_one
+    gden = (gl - gnum * num) / den_or_one
+    return torch.stack((gnum, gden, gnum * num + gden * den))
 
 
 def _check_state(state: WKVState, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
@@ -167,7 +188,7 @@ def _wkv_bwd_fake(
     gy: Tensor,
     gfinal: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    ginitial = checkpoints.new_empty(0) if initial is None else torch.empty_like(initial)
+    ginitial = checkpoints.new_empty(0) if initial is None else initial.new_empty(2, *initial.shape[1:])
     return torch.empty_like(w), torch.empty_like(u), torch.empty_like(k), torch.empty_like(v), ginitial
 
 
