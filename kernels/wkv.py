@@ -294,13 +294,17 @@ def _bwd_block(
     rs = ()
     decays = ()  # 1-r
     slopes = ()  # r (1-r) δ
+    not_empty = ()
     for i in tl.static_range(ROWS):
         if seq_ptr is not None:
             last = tl.minimum(t + i, end - 1)
             num, den, anchor, age = _enter(seq_ptr, initial_ptr, last, C, c, in_c, field, num, den, anchor, age)
             if tl.load(seq_ptr + last + 1) != tl.load(seq_ptr + last):
                 mean = num / _or_one(den)
-        den_past = _or_one(den)
+        den_past = den
+        if initial_ptr is not None:
+            den_past = _or_one(den)
+            not_empty = not_empty + (den != 0,)
         delta = vs[i] - mean
         d = tl.fma(-age, w, anchor - ks[i])
 
@@ -342,12 +346,19 @@ def _bwd_block(
                 if gfinal_ptr is not None:
                     gm = tl.load(gfinal_ptr + n.to(tl.int64) * C + c, mask=in_c, other=0.0)
                     gl = tl.load(gfinal_ptr + field + n.to(tl.int64) * C + c, mask=in_c, other=0.0)
+        alpha = alphas[i]
         beta = gm * slopes[i]
         if gk_ptr is not None:
+            gk_past = alpha + beta
+            gw_term = tl.where(in_row, beta - gl * decay, 0.0)
+            if initial_ptr is not None:  # what counts an empty state as den = 1 is for num and den alone
+                alpha = tl.where(not_empty[i], alpha, 0.0)
+                gk_past = tl.where(not_empty[i], gk_past, 0.0)
+                gw_term = tl.where(not_empty[i], gw_term, 0.0)
             tl.store(gv_ptr + offset + i * C, gys_now[i] + gm * rs[i], mask=in_row)
-            tl.store(gk_ptr + offset + i * C, alphas[i] + beta + gl * rs[i], mask=in_row)
-            gw_block += tl.where(in_row, beta - gl * decay, 0.0)
-            gu_block += alphas[i]
+            tl.store(gk_ptr + offset + i * C, gk_past + gl * rs[i], mask=in_row)
+            gw_block += gw_term
+            gu_block += alpha
         else:
             b = decay * b - slopes[i] * a
             a = decay * a

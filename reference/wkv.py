@@ -98,7 +98,7 @@ def _finite(scale: Tensor) -> Tensor:
 
 
 def _ratio(num: Tensor, den: Tensor) -> Tensor:
-    return num / torch.where(den == 0, 1, den)
+    return torch.where(den == 0, 0, num / torch.where(den == 0, 1, den))
 
 
 def _normalised(num: Tensor, den: Tensor, scale: Tensor) -> WKVState:
