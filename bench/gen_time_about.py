@@ -1,0 +1,74 @@
+"""What a result file says of the machine and the software: enough to judge the numbers, no names of hosts or paths."""
+
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("fastwkv", "torch", "transformers", "triton", "numba", "numpy")
+
+
+def about_device(device: torch.device) -> dict[str, Any]:
+    """Describe the device that runs the models."""
+    threads = torch.get_num_threads()
+    if device.type != "cuda":
+        return {"type": device.type, "name": _processor(), "threads": threads}
+    return {
+        "type": "cuda",
+        "name": torch.cuda.get_device_name(device),
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "threads": threads,
+    }
+
+
+def about_software() -> dict[str, Any]:
+    """Describe versions, the commit of this checkout (None outside one) and the time."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "system": platform.system(),
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    root = str(Path(__file__).resolve().parents[1])
+    commit = _first_line("git", "-C", root, "rev-parse", "HEAD")
+    code = ("fastwkv", "kernels", "reference", "bench/*.py")
+    changed = _first_line("git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if package == "fastwkv":  # run from the checkout, not installed
+            import fastwkv
+
+            return fastwkv.__version__
+        return None
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None

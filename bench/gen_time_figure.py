@@ -1,0 +1,157 @@
+"""The figure of gen_time.py: cumulative time against tokens, on linear and on logarithmic axes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Json = dict[str, Any]
+
+NAMES = {"rwkv4": "RWKV-4", "gpt-neox": "GPT-NeoX", "opt": "OPT", "bloom": "BLOOM", "gpt-neo": "GPT-Neo"}
+# The palette of Okabe and Ito: told apart under every common form of colour blindness.
+COLOURS = {"rwkv4": "#D55E00", "gpt-neox": "#0072B2", "opt": "#009E73", "bloom": "#CC79A7", "gpt-neo": "#E69F00"}
+LINES: dict[str, Json] = {
+    "recurrent": {"linestyle": "-", "linewidth": 4.5, "zorder": 3},
+    "kv-cache": {"linestyle": (0, (1, 1)), "linewidth": 2.4, "zorder": 4},
+    "recompute": {"linestyle": (0, (5, 1.5)), "linewidth": 2.0, "zorder": 3},
+}
+INK, FAINT = "#333333", "#8a8a8a"
+STYLE: Json = {
+    "font.family": "DejaVu Sans",
+    "font.size": 14,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+LABEL_GAP = 40.0  # points from one label to the next
+
+
+def draw(record: Json, path: Path) -> None:
+    """Draw the series of a gen_time.json as ``path``, a PNG."""
+    series = [s for s in record["series"] if s["tokens"] > 0]
+    with plt.style.context(STYLE):
+        figure, (linear, log) = plt.subplots(1, 2, figsize=(16, 7))
+        figure.subplots_adjust(left=0.052, right=0.845, top=0.795, bottom=0.105, wspace=0.63)
+        _title(figure, record)
+        for axes in (linear, log):
+            for one in series:
+                _line(axes, one)
+            axes.set_xlabel("tokens generated", labelpad=8)
+            axes.set_ylabel("cumulative time (seconds)", labelpad=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(which="both", color=FAINT)
+            axes.grid(True, color="#e6e6e6", linewidth=0.8)
+            axes.set_axisbelow(True)
+        linear.set_title("Linear axes", loc="left", fontsize=14.5, pad=12)
+        log.set_title("Logarithmic axes: the slope is the exponent", loc="left", fontsize=14.5, pad=12)
+        if series:
+            end = max(s["tokens"] for s in series)
+            linear.set(xlim=(0, end), ylim=(0, 1.04 * max(s["cumulative_seconds"][-1] for s in series)))
+            linear.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10], integer=True))
+            log.set(xscale="log", yscale="log", xlim=(1, max(end, 2)))
+            for axis in (log.xaxis, log.yaxis, linear.xaxis):
+                axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+            _guides(log)
+            rwkv = [s for s in series if s["name"] == "rwkv4"]
+            _labels(linear, series, lambda s: _total(s, rwkv))
+            _labels(log, series, _exponent)
+        figure.savefig(path, dpi=150, format="png")
+        plt.close(figure)
+
+
+def _title(figure: Figure, record: Json) -> None:
+    settings, device = record["settings"], record["device"]
+    where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {device['threads']} threads"
+    what = f"{settings['layers']} layers, width {settings['width']}, random weights"
+    figure.text(0.052, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
+    line = f"Models of one size ({what})  ·  batch 1, {settings['dtype']}  ·  {where}"
+    figure.text(0.052, 0.88, line, fontsize=14, color="#5a5a5a")
+
+
+def _line(axes: Axes, series: Json) -> None:
+    tokens, seconds = range(1, series["tokens"] + 1), series["cumulative_seconds"]
+    colour = COLOURS[series["name"]]
+    axes.plot(tokens, seconds, color=colour, **LINES[series["protocol"]])
+    if series["status"] == "out of memory":
+        axes.plot(tokens[-1], seconds[-1], "X", color=colour, markersize=11, zorder=5, clip_on=False)
+
+
+def _guides(axes: Axes) -> None:
+    """Two short lines of slope 1 and 2 in the empty corner above the curves."""
+    (_, end), (_, top) = axes.get_xlim(), axes.get_ylim()
+    start, stop = end**0.06, end**0.3
+    for power, name in ((1, "slope 1: linear"), (2, "slope 2: quadratic")):
+        low = 0.6 * top / (stop / start) ** 2
+        high = low * (stop / start) ** power
+        axes.plot([start, stop], [low, high], color=FAINT, linewidth=1.2, zorder=1)
+        axes.annotate(name, (stop, high), (6, -3), textcoords="offset points", color="#6a6a6a", fontsize=12)
+
+
+def _total(series: Json, rwkv: list[Json]) -> str:
+    text = f"{_seconds(series['cumulative_seconds'][-1])} s"
+    if rwkv and series is not rwkv[0] and series["tokens"] == rwkv[0]["tokens"]:
+        text += f", {series['cumulative_seconds'][-1] / rwkv[0]['cumulative_seconds'][-1]:.2g}× RWKV-4"
+    return text
+
+
+def _exponent(series: Json) -> str:
+    power = series["exponent"]
+    return "" if power is None else f"time ∝ tokens$^{{\\,{power:.2f}}}$"
+
+
+def _labels(axes: Axes, series: list[Json], detail: Callable[[Json], str]) -> None:
+    """Write the name of each line in the right margin, level with its end, and move labels apart that would touch."""
+    axes.figure.canvas.draw()
+    scale = axes.figure.dpi / 72  # pixels a point; labels are placed in points from the lower left of the axes
+    pixels = [axes.transData.transform((s["tokens"], s["cumulative_seconds"][-1])) for s in series]
+    ends = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
+    width, top = axes.bbox.width / scale, axes.bbox.height / scale
+    heights = spread([y for _, y in ends], LABEL_GAP, 6, top)
+    for one, (x, y), height in zip(series, ends, heights, strict=True):
+        below = detail(one) if one["status"] == "complete" else f"{one['status']} at token {one['tokens']:,}"
+        weight = "bold" if one["name"] == "rwkv4" else "normal"
+        common: Json = {"xycoords": "axes points", "textcoords": "offset points", "annotation_clip": False}
+        common |= {"color": COLOURS[one["name"]], "zorder": 6}
+        place = (width + 24, height)
+        axes.annotate(f"{NAMES[one['name']]}, {one['protocol']}", place, (0, 1), va="bottom", weight=weight, **common)
+        axes.annotate(below, place, (0, -1), va="top", fontsize=12.5, **common)
+        link = {"arrowstyle": "-", "color": COLOURS[one["name"]], "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (x + 4, y), place, "axes points", "axes points", link | {"alpha": 0.6}, annotation_clip=False)
+
+
+def spread(positions: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Move positions as little as needed to stand ``gap`` apart within [low, high] (squeezed if they cannot fit)."""
+    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    groups: list[list[float]] = []  # of neighbours that touch: the sum of their ideal starts, and their number
+    for rank, index in enumerate(order):
+        limit = high - gap * (len(positions) - 1)
+        groups.append([min(max(positions[index] - gap * rank, low), limit), 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += count
+    starts = [total / count for total, count in groups for _ in range(int(count))]
+    moved = [0.0] * len(positions)
+    for rank, index in enumerate(order):
+        moved[index] = starts[rank] + gap * rank
+    return moved
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":  # redraw: gen_time_figure.py gen_time.json gen_time.png
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
