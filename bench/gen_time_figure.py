@@ -1,6 +1,7 @@
 """The figure of gen_time.py: cumulative time against tokens, on linear and on logarithmic axes."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def draw(record: Json, path: Path) -> None:
     series = [s for s in record["series"] if s["tokens"] > 0]
     with plt.style.context(STYLE):
         figure, (linear, log) = plt.subplots(1, 2, figsize=(16, 7))
-        figure.subplots_adjust(left=0.052, right=0.845, top=0.795, bottom=0.105, wspace=0.63)
+        figure.subplots_adjust(left=0.05, right=0.845, top=0.795, bottom=0.105, wspace=0.74)
         _title(figure, record)
         for axes in (linear, log):
             for one in series:
@@ -58,7 +59,7 @@ def draw(record: Json, path: Path) -> None:
         if series:
             end = max(s["tokens"] for s in series)
             linear.set(xlim=(0, end), ylim=(0, 1.04 * max(s["cumulative_seconds"][-1] for s in series)))
-            linear.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10], integer=True))
+            linear.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
             log.set(xscale="log", yscale="log", xlim=(1, max(end, 2)))
             for axis in (log.xaxis, log.yaxis, linear.xaxis):
                 axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
@@ -74,9 +75,10 @@ def _title(figure: Figure, record: Json) -> None:
     settings, device = record["settings"], record["device"]
     where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {device['threads']} threads"
     what = f"{settings['layers']} layers, width {settings['width']}, random weights"
-    figure.text(0.052, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
-    line = f"Models of one size ({what})  ·  batch 1, {settings['dtype']}  ·  {where}"
-    figure.text(0.052, 0.88, line, fontsize=14, color="#5a5a5a")
+    figure.text(0.05, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
+    how = f"batch 1, {settings['dtype']}, prompt of {settings['prompt_tokens']:,} tokens"
+    line = f"Models of the same size ({what})  ·  {how}  ·  {where}"
+    figure.text(0.05, 0.88, line, fontsize=14, color="#5a5a5a")
 
 
 def _line(axes: Axes, series: Json) -> None:
@@ -99,10 +101,10 @@ def _guides(axes: Axes) -> None:
 
 
 def _total(series: Json, rwkv: list[Json]) -> str:
-    text = f"{_seconds(series['cumulative_seconds'][-1])} s"
-    if rwkv and series is not rwkv[0] and series["tokens"] == rwkv[0]["tokens"]:
-        text += f", {series['cumulative_seconds'][-1] / rwkv[0]['cumulative_seconds'][-1]:.2g}× RWKV-4"
-    return text
+    total = series["cumulative_seconds"][-1]
+    if not rwkv or series is rwkv[0] or rwkv[0]["tokens"] != series["tokens"]:
+        return f"{_short(total)} s"
+    return f"{_short(total)} s, {_short(total / rwkv[0]['cumulative_seconds'][-1], 2)}× RWKV-4"
 
 
 def _exponent(series: Json) -> str:
@@ -117,9 +119,9 @@ def _labels(axes: Axes, series: list[Json], detail: Callable[[Json], str]) -> No
     pixels = [axes.transData.transform((s["tokens"], s["cumulative_seconds"][-1])) for s in series]
     ends = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
     width, top = axes.bbox.width / scale, axes.bbox.height / scale
-    heights = spread([y for _, y in ends], LABEL_GAP, 6, top)
+    heights = spread([y for _, y in ends], LABEL_GAP, 14, top)
     for one, (x, y), height in zip(series, ends, heights, strict=True):
-        below = detail(one) if one["status"] == "complete" else f"{one['status']} at token {one['tokens']:,}"
+        below = detail(one) if one["status"] == "complete" else f"{one['status']} at {one['tokens']:,}"
         weight = "bold" if one["name"] == "rwkv4" else "normal"
         common: Json = {"xycoords": "axes points", "textcoords": "offset points", "annotation_clip": False}
         common |= {"color": COLOURS[one["name"]], "zorder": 6}
@@ -149,8 +151,10 @@ def spread(positions: list[float], gap: float, low: float, high: float) -> list[
     return moved
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _short(value: float, digits: int = 3) -> str:
+    """Write a positive number with this many digits, or with all before its point."""
+    decimals = max(digits - 1 - math.floor(math.log10(value)), 0)
+    return f"{value:,.{decimals}f}"
 
 
 if __name__ == "__main__":  # redraw: gen_time_figure.py gen_time.json gen_time.png

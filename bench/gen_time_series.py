@@ -14,7 +14,7 @@ FIT = (
     "slope of log(seconds after the first token) on log(tokens after the first), by least squares"
     " over the tokens from 1/8 of the way on, with weights 1/token"
 )
-PASSES = {"recurrent": 3, "kv-cache": 3, "recompute": 1}
+PASSES = {"recurrent": 5, "kv-cache": 5, "recompute": 1}
 
 
 @dataclass

@@ -343,7 +343,7 @@ def test_labels_stand_apart_and_keep_their_order(positions: list[float], gap: fl
 
 
 def test_figure_of_nothing_measured_is_drawn(tmp_path: Path) -> None:
-    settings = {"layers": 1, "width": 1, "dtype": "float32"}
+    settings = {"layers": 1, "width": 1, "dtype": "float32", "prompt_tokens": 1}
     record = {"series": [], "settings": settings, "device": {"type": "cpu", "name": "a chip", "threads": 1}}
     figure.draw(record, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
