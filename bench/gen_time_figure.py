@@ -43,7 +43,7 @@ def draw(record: Json, path: Path) -> None:
     series = [s for s in record["series"] if s["tokens"] > 0]
     with plt.style.context(STYLE):
         figure, (linear, log) = plt.subplots(1, 2, figsize=(16, 7))
-        figure.subplots_adjust(left=0.05, right=0.845, top=0.795, bottom=0.105, wspace=0.74)
+        figure.subplots_adjust(left=0.05, right=0.838, top=0.795, bottom=0.105, wspace=0.745)
         _title(figure, record)
         for axes in (linear, log):
             for one in series:

@@ -68,7 +68,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "recompute: the whole text again for every token, as the RWKV paper measured\n"
         "kv-cache:  keys and values are carried, as in practice",
     )
-    option("--prompt", type=Path, metavar="FILE", help="text to continue, its bytes as tokens (default: half a sentence)")
+    option(
+        "--prompt", type=Path, metavar="FILE", help="text to continue, its bytes as tokens (default: half a sentence)"
+    )
     option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
     option("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
     args = parser.parse_args(arguments)
