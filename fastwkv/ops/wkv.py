@@ -67,7 +67,8 @@ def wkv(
         checks.check_device(k=k, cu_seqlens=cu_seqlens)
     packed = None
     if initial_state is not None:
-        _check_state(initial_state, B if cu_seqlens is None else cu_seqlens.numel() - 1, w, u, k, v)
+        dims, rows = ("B C", B) if cu_seqlens is None else ("N C", cu_seqlens.numel() - 1)
+        _check_state(initial_state, dims, rows, w, u, k, v)
         packed = torch.stack(tuple(initial_state))
     k, v = k.contiguous(), v.contiguous()
 
@@ -96,7 +97,7 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
     checks.check_shape("B C", (B, C), v_t=v_t)
     checks.check_shape("C", (C,), w=w, u=u)
     checks.check_dtype(k_t.dtype, "like k_t", v_t=v_t)
-    _check_state(state, B, w, u, k_t, v_t)
+    _check_state(state, "B C", B, w, u, k_t, v_t)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (w, u, k_t, v_t, *state)):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
         return y[:, 0], final  # type: ignore[call-overload, return-value]
@@ -156,12 +157,12 @@ def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
     return torch.stack((gnum, gden, gnum * num + gden * den))
 
 
-def _check_state(state: WKVState, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
     if not isinstance(state, tuple) or len(state) != 3:
         raise TypeError(f"the state must be a WKVState(num, den, max), got {type(state).__name__}")
     num, den, scale = state
     checks.check_floating(k=k, num=num, den=den, max=scale)
-    checks.check_shape("B C", (rows, k.shape[-1]), num=num, den=den, max=scale)
+    checks.check_shape(dims, (rows, k.shape[-1]), num=num, den=den, max=scale)
     dtype = checks.accumulation_dtype(w, u, k, v)
     checks.check_dtype(dtype, "(states are float32, float64 beside a float64 input)", num=num, den=den, max=scale)
 

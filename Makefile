@@ -1,0 +1,29 @@
+# `make curve` and `make test` do everything, set-up included. PYTHON chooses the interpreter of the .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: curve test lint format ops accuracy compiled clean
+
+curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
+	$(BIN)/python bench/gen_time.py
+
+test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix && $(BIN)/ruff format
+
+ops accuracy compiled: .venv/ready  ## the other benchmarks
+	$(BIN)/python bench/$@.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,36 @@
+"""Every test runs on the CPU path and on the Triton kernels: compiled where there is a GPU, else interpreted."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest
+from hypothesis import HealthCheck, settings
+from implementations import IMPLEMENTATIONS, Implementation
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill what torch.empty returns with NaN, so that an output that is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """The package with one of its implementations behind the public functions."""
+    with Implementation(request.param) as implementation:
+        yield implementation

@@ -1,0 +1,39 @@
+"""The implementations of the operators, each put behind the public functions in turn."""
+
+import importlib
+
+import torch
+
+import fastwkv  # noqa: F401 (registers the operators that are overridden here)
+
+IMPLEMENTATIONS = ("cpu", "triton")
+OPERATORS = {"wkv": ("wkv_fwd", "wkv_bwd", "wkv_step")}
+
+
+class Implementation:
+    """Context in which the public functions run one implementation.
+
+    ``device`` is where its tensors live. Without a GPU the Triton kernels are interpreted: they take the place of the
+    CPU path, for CPU tensors, and everything above them stays as it is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.interpreted = name == "triton" and not torch.cuda.is_available()
+        self.device = torch.device("cuda" if name == "triton" and not self.interpreted else "cpu")
+
+    def launchers(self, operator: str):
+        """Return the module that holds the launchers of an operator."""
+        return importlib.import_module(f"fastwkv.kernels.{'cpu.' if self.name == 'cpu' else ''}{operator}")
+
+    def __enter__(self) -> "Implementation":
+        self._override = torch.library.Library("fastwkv", "IMPL")
+        if self.interpreted:
+            for operator, names in OPERATORS.items():
+                for name in names:
+                    launcher = getattr(self.launchers(operator), name)
+                    self._override.impl(name, launcher, "CPU", allow_override=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._override._destroy()
