@@ -37,7 +37,7 @@ class _Job:
             try:
                 if not skip:
                     self.function(piece)
-            except BaseException as error:  # noqa: BLE001 (raised again by the caller)
+            except BaseException as error:
                 self.error = error
             finally:
                 with self.lock:

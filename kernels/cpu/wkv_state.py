@@ -1,21 +1,23 @@
-"""The state of WKV in registers: how it takes in a token, and how it is read and written. kernels/cpu/wkv.py has why."""
+"""The state of WKV in registers: how it takes in a token, is read and is written. kernels/cpu/wkv.py says why."""
 
 import numpy as np
 
-from fastwkv.kernels.cpu.numerics import (
-    absolute,
-    fma,
-    inlined,
-    load,
-    select,
-    splat,
-    store,
-)
+from fastwkv.kernels.cpu.numerics import inlined, load, splat, store
+from fastwkv.kernels.cpu.vectors import absolute, fma, select
 
 LOWEST = float(np.finfo(np.float32).min)
 TINY = float(np.finfo(np.float32).tiny)
 # |w| above this is taken for this, so that age * w stays finite: e^{-w} is 0 (or infinite) all the same.
 STEEPEST = 1e29
+
+
+@inlined
+def locate(unit, width, C, bounds):
+    """Return what a unit of work is: sequence n, its batch row, first and last token, first and last channel."""
+    blocks, sequences = -(-C // width), len(bounds) - 1
+    n, first = unit // blocks, unit % blocks * width
+    i = n % sequences
+    return n, n // sequences, bounds[i], bounds[i + 1], first, min(first + width, C)
 
 
 @inlined
@@ -49,25 +51,9 @@ def empty_state(sums):
 @inlined
 def load_state(num_ptr, den_ptr, max_ptr, index, sums):
     """Read (num, den, max) as num, den, anchor. A max of -inf takes all weight from num and den."""
-    num, den, scale = (
-        load(num_ptr, index, sums),
-        load(den_ptr, index, sums),
-        load(max_ptr, index, sums),
-    )
+    num, den, scale = load(num_ptr, index, sums), load(den_ptr, index, sums), load(max_ptr, index, sums)
     absent = scale < LOWEST
-    return (
-        select(absent, num * 0.0, num),
-        select(absent, den * 0.0, den),
-        select(absent, LOWEST, scale),
-    )
-
-
-@inlined
-def store_state(ptr, index, plane, num, den, scale, sums):
-    """Write (num, den, max), each ``plane`` elements after the one before."""
-    store(ptr, index, num, sums)
-    store(ptr, index + plane, den, sums)
-    store(ptr, index + 2 * plane, scale, sums)
+    return select(absent, num * 0.0, num), select(absent, den * 0.0, den), select(absent, LOWEST, scale)
 
 
 @inlined
@@ -75,6 +61,14 @@ def load_packed(ptr, index, plane, sums):
     """Read a state whose fields lie ``plane`` elements apart."""
     size = plane * sums.itemsize
     return load_state(ptr, ptr + size, ptr + 2 * size, index, sums)
+
+
+@inlined
+def store_packed(ptr, index, plane, num, den, scale, sums):
+    """Write (num, den, max), each ``plane`` elements after the one before."""
+    store(ptr, index, num, sums)
+    store(ptr, index + plane, den, sums)
+    store(ptr, index + 2 * plane, scale, sums)
 
 
 @inlined

@@ -12,28 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import fits, fitted, run
-from fastwkv.kernels.cpu.numerics import (
-    TAGS,
-    VECTOR_BYTES,
-    absolute,
-    exp,
-    fma,
-    inlined,
-    kernel,
-    load,
-    select,
-    splat,
-    store,
-)
-from fastwkv.kernels.cpu.wkv_state import (
-    add,
-    load_state,
-    load_w,
-    ratio,
-    rounded,
-    store_state,
-)
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run
+from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat, store
+from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
+from fastwkv.kernels.cpu.wkv_state import add, load_state, load_w, locate, ratio, rounded, store_packed
 
 # Scales are moved, and tokens heavier than the past added to it, up to e^60 = 1e26.
 REACH = 60.0
@@ -41,6 +23,7 @@ REACH = 60.0
 FINE = 2.0**-7
 # Bounds of what is moved, far enough from overflow for the next tokens.
 LARGEST, SMALLEST = 1e30, 1e-30
+ONE_TOKEN = np.array((0, 1))
 
 
 @inlined
@@ -71,19 +54,20 @@ def _wkv_step_kernel(
     max_ptr,  # [B, C]
     y_ptr,  # [B, C]
     state_ptr,  # [3, B, C]
-    shape,  # 1, C, B
-    work,  # vectors in a block of channels, first and last unit: one sequence of one block
-    storage,
-    sums,
+    bounds,  # of one token
+    shape,  # C, B
+    work,  # channels in a block, first and last unit of work
+    storage,  # tag of k, v, y
+    sums,  # tag of the rest
 ):
-    _, C, B = shape
+    C, B = shape
     width, first, last = work
     lanes = VECTOR_BYTES // sums.itemsize
-    blocks = -(-C // (width * lanes))
     for unit in range(first, last):
-        n, c_first = unit // blocks, unit % blocks * width * lanes
-        for c in range(c_first, min(c_first + width * lanes, C), lanes):
-            c = min(c, C - lanes)
+        n, _, _, _, c_first, c_last = locate(unit, width, C, bounds)
+        for x in range(c_first, c_last, lanes):
+            # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
+            c = min(x, C - lanes)
             index = n * C + c
             w, u = load_w(w_ptr, c, sums), load(u_ptr, c, sums)
             k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
@@ -106,7 +90,7 @@ def _wkv_step_kernel(
             movable = absolute(select(b < LARGEST, select(b > SMALLEST, a, LARGEST), LARGEST)) < LARGEST
             num, den = select(movable, a, num), select(movable, b, den)
             scale = select(den == 0.0, -np.inf, select(movable, scale - shift, scale))
-            store_state(state_ptr, index, B * C, num, den, scale, sums)
+            store_packed(state_ptr, index, B * C, num, den, scale, sums)
 
 
 def wkv_step(
@@ -114,20 +98,13 @@ def wkv_step(
 ) -> tuple[Tensor, Tensor]:
     """Return y_t [B, C] and the next state [3, B, C]."""
     dtype = num.dtype
+    B, C = k.shape
     if not fits(k, dtype):
         y, state = wkv_step(*fitted(dtype, w, u, k, v, num, den, scale))
-        C = k.shape[-1]
         return y[..., :C].to(v.dtype).contiguous(), state[..., :C].contiguous()
-    B, C = k.shape
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
     y, state = torch.empty_like(v), num.new_empty((3, B, C))
-    pointers = [t.data_ptr() for t in (w, u, k, v, num, den, scale, y, state)]
+    pointers = addresses(w, u, k, v, num, den, scale, y, state)
     tags = TAGS[k.dtype], TAGS[dtype]
-    run(
-        B,
-        C,
-        k.numel(),
-        dtype,
-        lambda share: _wkv_step_kernel(*pointers, (1, C, B), share, *tags),
-    )
+    run(lambda work: _wkv_step_kernel(*pointers, ONE_TOKEN, (C, B), work, *tags), B, C, B * C, dtype)
     return y, state
