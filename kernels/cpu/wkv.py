@@ -113,7 +113,7 @@ def wkv_fwd(
     dtype = sum_dtype(w, u, k, v)
     B, T, C = k.shape
     if not fits(k, dtype):
-        y, final, checkpoints = wkv_fwd(*fitted(dtype, w, u, k, v, initial, cu_seqlens), save=save)
+        y, final, checkpoints = wkv_fwd(*fitted(dtype, w, u, k, v, initial, cu_seqlens), save)  # type: ignore[call-arg]
         y, final, checkpoints = (t[..., :C].contiguous() for t in (y, final, checkpoints))
         return y.to(v.dtype), final, checkpoints
     bounds = sequence_bounds(T, cu_seqlens)
