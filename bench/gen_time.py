@@ -77,7 +77,7 @@ class Run:
         }
 
     def record(self) -> dict[str, Any]:
-        """What gen_time.json holds."""
+        """Return what gen_time.json holds."""
         return {**self.about, "series": [series.record() for series in self.series]}
 
     def run(self) -> None:

@@ -14,7 +14,7 @@ FIT = (
     "slope of log(seconds after the first token) on log(tokens after the first), by least squares"
     " over the tokens from 1/8 of the way on, with weights 1/token"
 )
-PASSES = {"recurrent": 5, "kv-cache": 5, "recompute": 1}
+PASSES = {"recurrent": 9, "kv-cache": 5, "recompute": 1}
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Series:
         return [float(total) for total in np.cumsum(times)]
 
     def record(self) -> dict[str, Any]:
-        """What gen_time.json holds of this series."""
+        """Return what gen_time.json holds of this series."""
         cumulative = [float(f"{total:.7g}") for total in self.cumulative]
         return {
             "name": self.name,

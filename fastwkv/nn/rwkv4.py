@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.state import RWKV4State, check_state, empty_wkv_state, wkv_dtype
-from fastwkv.ops.wkv import WKVState, wkv, wkv_step
+from fastwkv.ops.wkv import wkv, wkv_step
+from fastwkv.reference.wkv import WKVState
 
 
 class RWKV4TimeMix(nn.Module):
@@ -219,7 +220,7 @@ class RWKV4(nn.Module):
         _orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / D, 1)))
 
     def empty_state(self, batch: int) -> RWKV4State:
-        """The state before any text, for a batch of this size, on the device of the model."""
+        """Return the state before any text, for a batch of this size, on the device of the model."""
         shape = (self.config.layers, batch, self.config.width)
         x = torch.zeros(shape, dtype=self.embeddings.weight.dtype, device=self.embeddings.weight.device)
         return RWKV4State(x, x.clone(), empty_wkv_state(shape, x))
@@ -280,7 +281,7 @@ class _Depth:
 
 
 def _shift(x: Tensor, x_before: Tensor) -> Tensor:
-    """The input one token earlier."""
+    """Return the input one token earlier."""
     return x_before if x.dim() == 2 else torch.cat((x_before[:, None], x[:, :-1]), 1)
 
 

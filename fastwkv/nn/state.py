@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastwkv.nn.config import RWKV4Config
-from fastwkv.ops.wkv import WKVState
+from fastwkv.reference.wkv import WKVState
 
 
 class RWKV4State(NamedTuple):
@@ -27,34 +27,34 @@ class RWKV4State(NamedTuple):
         return sum(t.numel() * t.element_size() for t in (self.att_x, self.ffn_x, *self.wkv))
 
     def detach(self) -> "RWKV4State":
-        """The same values, cut from the autograd graph: what truncated backpropagation carries on."""
+        """Return the same values, cut from the autograd graph: what truncated backpropagation carries on."""
         return RWKV4State(self.att_x.detach(), self.ffn_x.detach(), WKVState(*(t.detach() for t in self.wkv)))
 
     def unbind(self) -> list["RWKV4State"]:
-        """The state of every block, as views."""
+        """Return the state of every block, as views."""
         att, ffn, num, den, top = (t.unbind(0) for t in (self.att_x, self.ffn_x, *self.wkv))
         return [RWKV4State(a, f, WKVState(*s)) for a, f, *s in zip(att, ffn, num, den, top, strict=True)]
 
     @staticmethod
     def stack(states: list["RWKV4State"]) -> "RWKV4State":
-        """The inverse of :meth:`unbind`: the state of a model from those of its blocks."""
+        """Join the states of all blocks: the inverse of :meth:`unbind`."""
         att_x, ffn_x, wkv = zip(*states, strict=True)
         return RWKV4State(torch.stack(att_x), torch.stack(ffn_x), WKVState(*map(torch.stack, zip(*wkv, strict=True))))
 
 
 def empty_wkv_state(shape: tuple[int, ...], like: Tensor) -> WKVState:
-    """A WKV state that has seen nothing, for values of the dtype and device of ``like``."""
+    """Return a WKV state that has seen nothing, for values of the dtype and device of ``like``."""
     zeros = torch.zeros(shape, dtype=wkv_dtype(like), device=like.device)
     return WKVState(zeros, zeros.clone(), torch.full_like(zeros, -torch.inf))
 
 
 def wkv_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of rates and states beside this tensor: float32, or float64 beside float64."""
+    """Return the dtype of rates and states beside this tensor: float32, or float64 beside float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def check_state(state: RWKV4State, config: RWKV4Config, batch: int, weight: Tensor) -> None:
-    """The state fits a model of these sizes, this batch, and the dtype and device of ``weight``."""
+    """Check that the state fits a model of these sizes, this batch, and the dtype and device of ``weight``."""
     if not isinstance(state, RWKV4State):
         raise TypeError(f"state must be an RWKV4State, got {type(state).__name__}")
     shape = (config.layers, batch, config.width)

@@ -1,6 +1,7 @@
 """The headline curve's program: what it measures, what it writes, how it fails."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,10 @@ gen_time, series, figure, models = map(load, ("gen_time", "gen_time_series", "ge
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gen_time, "WARM_UP", 2)
     monkeypatch.setattr(gen_time, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(gen_time.figure, "draw", lambda record, path: path.write_text("a figure"))
+
+
+draw = figure.draw
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -90,10 +95,13 @@ def test_command_line_writes_figure_and_record(tmp_path: Path) -> None:
         ("gpt-neox", "recompute"),
     ]
     for one in record["series"]:
-        assert one["status"] == "complete" and one["tokens"] == 24 and one["exponent"] is not None
+        assert one["status"] == "complete"
+        assert one["tokens"] == 24
+        assert one["exponent"] is not None
         seconds, carried = one["cumulative_seconds"], one["state_or_cache_bytes"]
         assert len(seconds) == len(carried) == 24
-        assert seconds[0] > 0 and all(a < b for a, b in zip(seconds, seconds[1:], strict=False))
+        assert seconds[0] > 0
+        assert all(a < b for a, b in itertools.pairwise(seconds))
 
 
 def test_record_names_neither_host_nor_paths(tmp_path: Path) -> None:
@@ -145,7 +153,8 @@ def test_protocols_generate_the_same_tokens(name: str, monkeypatch: pytest.Monke
         from fastwkv.nn import generate
 
         texts.append([int(token) for token in generate(model, prompt, 12)])
-    assert len(texts[0]) == 12 and texts[0] == texts[1]
+    assert len(texts[0]) == 12
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", ["rwkv4", "gpt-neox", "opt", "bloom", "gpt-neo"])
@@ -170,7 +179,8 @@ def test_same_seed_builds_the_same_weights() -> None:
         model = models.build("gpt-neox", models.SIZES["tiny"], 8, torch.device("cpu"), torch.float32, seed)
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
 
 
 @pytest.mark.parametrize(
@@ -228,16 +238,20 @@ def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> Non
     try:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "gen_time.json").exists() and result(tmp_path)["series"][0]["tokens"] > 16):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "interrupted" in errors and "rwkv4 recurrent" in output
+    assert "interrupted" in errors
+    assert "rwkv4 recurrent" in output
     (one,) = result(tmp_path)["series"]
-    assert one["status"] == "interrupted" and 16 < one["tokens"] < 100000 and one["exponent"] is not None
+    assert one["status"] == "interrupted"
+    assert 16 < one["tokens"] < 100000
+    assert one["exponent"] is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gen_time.json", "gen_time.png"]
 
 
@@ -268,8 +282,11 @@ def test_bad_arguments_give_one_line_and_status_2(
         gen_time.main(BAD[message])
     printed = capsys.readouterr()
     assert stopped.value.code == 2
-    assert message in printed.err and printed.err.startswith("gen_time.py: ") and printed.err.count("\n") == 1
-    assert not printed.out and not Path("gen_time.json").exists()
+    assert message in printed.err
+    assert printed.err.startswith("gen_time.py: ")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+    assert not Path("gen_time.json").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -327,7 +344,8 @@ def test_clock_stops_only_when_the_device_has_finished() -> None:
     one = series.Series("rwkv4", "recompute")
     series.measure(one, steps, 2, lambda: events.append("synchronize"), lambda: events.append("tick"))
     assert events == ["step", "synchronize", "tick"] * 2
-    assert one.carried == [12, 12] and len(one.cumulative) == 2
+    assert one.carried == [12, 12]
+    assert len(one.cumulative) == 2
 
 
 @given(st.lists(st.floats(-50, 450), min_size=1, max_size=9), st.floats(1, 40))
@@ -335,15 +353,29 @@ def test_labels_stand_apart_and_keep_their_order(positions: list[float], gap: fl
     moved = figure.spread(positions, gap, 0, 400)
     order = sorted(range(len(positions)), key=positions.__getitem__)
     ordered = [moved[i] for i in order]
-    assert all(b - a >= gap * (1 - 1e-9) for a, b in zip(ordered, ordered[1:], strict=False))
-    assert min(moved) >= -1e-6 and max(moved) <= 400 + 1e-6
+    assert all(b - a >= gap * (1 - 1e-9) for a, b in itertools.pairwise(ordered))
+    assert min(moved) >= -1e-6
+    assert max(moved) <= 400 + 1e-6
     room = all(b - a >= gap for a, b in zip(sorted(positions), sorted(positions)[1:], strict=False))
     if room and min(positions) >= 0 and max(positions) <= 400 - gap * (len(positions) - 1):
         assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(moved, positions, strict=True))
 
 
-def test_figure_of_nothing_measured_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_figure_shows_whatever_was_measured(measured: bool, tmp_path: Path) -> None:
+    runs = [
+        series.Series("rwkv4", "recurrent", "complete", 1, [[0.1] * 40]),
+        series.Series("gpt-neox", "kv-cache", "interrupted", 1, [[0.1] * 20, [0.2]]),
+        series.Series("bloom", "recompute", "out of memory", 1, [[0.1 * n for n in range(1, 9)]]),
+        series.Series("opt", "recompute", "out of memory"),
+        series.Series("gpt-neo", "recompute"),
+    ]
     settings = {"layers": 1, "width": 1, "dtype": "float32", "prompt_tokens": 1}
-    record = {"series": [], "settings": settings, "device": {"type": "cpu", "name": "a chip", "threads": 1}}
-    figure.draw(record, tmp_path / "empty.png")
-    assert (tmp_path / "empty.png").stat().st_size > 0
+    device = {"type": "cpu", "name": "a chip", "threads": 1}
+    record = {
+        "series": [one.record() for one in (runs if measured else runs[3:])],
+        "settings": settings,
+        "device": device,
+    }
+    draw(record, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

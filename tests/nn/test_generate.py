@@ -104,7 +104,8 @@ def test_top_p_renormalises_what_it_keeps() -> None:
 def test_inference_mode_does_not_leak_between_tokens() -> None:
     model, tokens = trained(), text(2, 4)
     for token in generate(model, tokens, 3):
-        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
         assert not token.is_inference()
         model(token[:, None])[0].sum().backward()  # an inference tensor could not be saved for this
     assert model.head.weight.grad is not None
@@ -134,7 +135,8 @@ def test_zero_tokens_yield_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_generate(dtype: torch.dtype) -> None:
     tokens = run(trained().to(dtype), text(2, 3), 4, temperature=0.8, top_p=0.9, seed=1)
-    assert tokens.shape == (2, 4) and tokens.dtype == torch.int64
+    assert tokens.shape == (2, 4)
+    assert tokens.dtype == torch.int64
 
 
 BAD: dict[str, dict[str, Any]] = {

@@ -211,13 +211,15 @@ def test_every_parameter_of_a_trained_model_has_a_gradient() -> None:
     model = trained()
     model(text(2, 6))[0].square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
 
 
 def test_detached_state_cuts_the_gradient() -> None:
     model = trained()
     _, state = model(text(1, 4))
-    assert state.wkv.num.requires_grad and not any(f.requires_grad for f in fields(state.detach()).values())
+    assert state.wkv.num.requires_grad
+    assert not any(f.requires_grad for f in fields(state.detach()).values())
 
 
 def test_fresh_model_learns_a_repeated_text() -> None:
@@ -349,7 +351,8 @@ def test_initial_matrices_follow_the_training_code(L: int) -> None:
     for block in model.blocks:
         att, ffn = block.attention, block.feed_forward
         for linear in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
-            assert not linear.weight.any() and linear.bias is None
+            assert not linear.weight.any()
+            assert linear.bias is None
         assert_orthogonal_columns(att.value.weight, 1.0)
         assert_orthogonal_columns(ffn.key.weight, 2.0)
     assert_orthogonal_columns(model.head.weight, 0.5 * math.sqrt(50 / 16))
@@ -410,15 +413,15 @@ def test_bad_state_raises(length: int) -> None:
         model(tokens, model.empty_state(1))
     with pytest.raises(TypeError, match="state must be an RWKV4State, got tuple"):
         model(tokens, tuple(model.empty_state(2)))
-    with pytest.raises(TypeError, match="state.att_x must be torch.float32, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"state\.att_x must be torch\.float32, got torch\.bfloat16"):
         model(tokens, model.empty_state(2)._replace(att_x=torch.zeros(3, 2, 20).bfloat16()))
     wkv = model.empty_state(2).wkv
-    with pytest.raises(TypeError, match="state.wkv.den must be torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"state\.wkv\.den must be torch\.float32, got torch\.float64"):
         model(tokens, model.empty_state(2)._replace(wkv=wkv._replace(den=wkv.den.double())))
 
 
 def test_bad_config_raises() -> None:
-    with pytest.raises(ValueError, match="one of 169m, 430m, 1.5b, 3b, 7b, 14b, got '2b'"):
+    with pytest.raises(ValueError, match=r"one of 169m, 430m, 1\.5b, 3b, 7b, 14b, got '2b'"):
         RWKV4Config.preset("2b")
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
         RWKV4Config(0, 8)
