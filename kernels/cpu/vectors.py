@@ -8,6 +8,7 @@ the sums that are written, infinities and NaN mean what IEEE 754 says, and two b
 """
 
 import operator
+import platform
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -19,6 +20,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 # One AVX-512 register where there is one, else one of AVX2, or two of SSE or NEON.
 VECTOR_BYTES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32
+# Without instructions for it LLVM would call a library that is not there.
+HAS_FLOAT16 = platform.machine() not in ("x86_64", "AMD64") or bool(llvm.get_host_cpu_features().get("f16c"))
 
 
 class Vector(types.Type):  # type: ignore[misc]

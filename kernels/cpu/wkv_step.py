@@ -101,7 +101,7 @@ def wkv_step(
     B, C = k.shape
     if not fits(k, dtype):
         y, state = wkv_step(*fitted(dtype, w, u, k, v, num, den, scale))
-        return y[..., :C].to(v.dtype).contiguous(), state[..., :C].contiguous()
+        return y[..., :C].contiguous().to(v.dtype), state[..., :C].contiguous()
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
     y, state = torch.empty_like(v), num.new_empty((3, B, C))
     pointers = addresses(w, u, k, v, num, den, scale, y, state)
