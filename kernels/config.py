@@ -5,6 +5,9 @@ from dataclasses import dataclass
 CHECKPOINT_ROWS = 16
 """WKV keeps its state before every 16th token for the backward pass: three float32, 0.75 bytes a token and channel."""
 
+BACKWARD_ROWS = 8
+"""Tokens that the backward kernel keeps in registers between recomputation and adjoint. With 16, float64 spills."""
+
 
 @dataclass(frozen=True)
 class WKVLaunch:

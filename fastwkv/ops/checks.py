@@ -69,11 +69,6 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
             raise ValueError(f"cu_seqlens must increase from 0 to T = {length}, got {_abbreviated(offsets)}")
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any argument is float64, else float32: the dtype of sums, states and their gradients."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 

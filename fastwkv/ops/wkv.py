@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS
+from fastwkv.kernels.launch import accumulation_dtype
 from fastwkv.ops import checks
 from fastwkv.ops.library import register
 from fastwkv.reference.wkv import WKVState
@@ -55,6 +56,7 @@ def wkv(
         ValueError: a shape, device or offset does not fit the others.
 
     Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, equation 16.
+
     """
     checks.check_floating(w=w, u=u, k=k, v=v)
     checks.check_rank("B T C", k=k)
@@ -90,6 +92,7 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
 
     Returns:
         y_t ``[B, C]`` of the dtype of v_t, and the state after this token.
+
     """
     checks.check_floating(w=w, u=u, k_t=k_t, v_t=v_t)
     checks.check_rank("B C", k_t=k_t)
@@ -132,9 +135,7 @@ class WKV(torch.autograd.Function):
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(
-            w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal
-        )
+        gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
 
 
@@ -145,16 +146,19 @@ class WKV(torch.autograd.Function):
 def _adjoint_of_final(final: Tensor, gfinal: Tensor) -> Tensor:
     num, den, _ = final
     gnum, gden, _ = gfinal  # max is a constant on the way out
-    return torch.stack((den * gnum, num * gnum + den * gden))
+    return torch.stack((_or_one(den) * gnum, num * gnum + _or_one(den) * gden))
 
 
 def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
     num, den, _ = initial
     gm, gl = adjoint
-    den_or_one = torch.where(den == 0, 1, den)  # an empty state: the kernels too have counted its den as 1
-    gnum = gm / den_or_one
-    gden = (gl - gnum * num) / den_or_one
-    return torch.stack((gnum, gden, gnum * num + gden * den))
+    gnum = gm / _or_one(den)
+    gden = (gl - gnum * num) / _or_one(den)
+    return torch.stack((gnum, gden, torch.where(den == 0, gnum * num, gl)))
+
+
+def _or_one(den: Tensor) -> Tensor:
+    return torch.where(den == 0, 1, den)  # as the kernels count an empty state
 
 
 def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
@@ -163,7 +167,7 @@ def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k:
     num, den, scale = state
     checks.check_floating(k=k, num=num, den=den, max=scale)
     checks.check_shape(dims, (rows, k.shape[-1]), num=num, den=den, max=scale)
-    dtype = checks.accumulation_dtype(w, u, k, v)
+    dtype = accumulation_dtype(w, u, k, v)
     checks.check_dtype(dtype, "(states are float32, float64 beside a float64 input)", num=num, den=den, max=scale)
 
 
@@ -172,7 +176,7 @@ def _wkv_fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, C = k.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = checks.accumulation_dtype(w, u, k, v)
+    dtype = accumulation_dtype(w, u, k, v)
     blocks = (T + CHECKPOINT_ROWS - 1) // CHECKPOINT_ROWS
     checkpoints = k.new_empty((B, blocks, 3, C) if save else (0,), dtype=dtype)
     return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
@@ -208,11 +212,11 @@ register(
 register(
     "wkv_bwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, Tensor checkpoints,"
     " Tensor gy, Tensor? gfinal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "wkv",
+    "wkv_bwd",
     _wkv_bwd_fake,
 )
 register(
     "wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor num, Tensor den, Tensor max) -> (Tensor, Tensor)",
-    "wkv",
+    "wkv_step",
     _wkv_step_fake,
 )

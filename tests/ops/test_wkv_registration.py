@@ -25,12 +25,12 @@ def test_opcheck_passes_for_every_operator(implementation, state, lengths, dtype
         torch.library.opcheck(torch.ops.fastwkv.wkv_fwd.default, (*args, save))
     y, final, checkpoints = torch.ops.fastwkv.wkv_fwd(*args, True)
     for gfinal in (None, torch.randn_like(final[:2])):
-        torch.library.opcheck(
-            torch.ops.fastwkv.wkv_bwd.default, (*args, checkpoints, torch.randn_like(y), gfinal)
-        )
+        torch.library.opcheck(torch.ops.fastwkv.wkv_bwd.default, (*args, checkpoints, torch.randn_like(y), gfinal))
     w, u, k, v, _, _ = args
     fields = (f.contiguous() for f in torch.rand(3, k.shape[0], 3, dtype=case.acc, device=implementation.device))
-    torch.library.opcheck(torch.ops.fastwkv.wkv_step.default, (w, u, k[:, 0].contiguous(), v[:, 0].contiguous(), *fields))
+    torch.library.opcheck(
+        torch.ops.fastwkv.wkv_step.default, (w, u, k[:, 0].contiguous(), v[:, 0].contiguous(), *fields)
+    )
 
 
 @pytest.mark.parametrize(("state", "lengths"), SETTINGS)

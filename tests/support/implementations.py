@@ -7,7 +7,7 @@ import torch
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
 IMPLEMENTATIONS = ("cpu", "triton")
-OPERATORS = {"wkv": ("wkv_fwd", "wkv_bwd", "wkv_step")}
+OPERATORS = {"wkv_fwd": "wkv", "wkv_bwd": "wkv_bwd", "wkv_step": "wkv_step"}  # and the file of its launchers
 
 
 class Implementation:
@@ -22,17 +22,16 @@ class Implementation:
         self.interpreted = name == "triton" and not torch.cuda.is_available()
         self.device = torch.device("cuda" if name == "triton" and not self.interpreted else "cpu")
 
-    def launchers(self, operator: str):
-        """Return the module that holds the launchers of an operator."""
-        return importlib.import_module(f"fastwkv.kernels.{'cpu.' if self.name == 'cpu' else ''}{operator}")
+    def launcher(self, operator: str):
+        """Return the function that launches an operator."""
+        folder = "fastwkv.kernels.cpu" if self.name == "cpu" else "fastwkv.kernels"
+        return getattr(importlib.import_module(f"{folder}.{OPERATORS[operator]}"), operator)
 
     def __enter__(self) -> "Implementation":
         self._override = torch.library.Library("fastwkv", "IMPL")
         if self.interpreted:
-            for operator, names in OPERATORS.items():
-                for name in names:
-                    launcher = getattr(self.launchers(operator), name)
-                    self._override.impl(name, launcher, "CPU", allow_override=True)
+            for operator in OPERATORS:
+                self._override.impl(operator, self.launcher(operator), "CPU", allow_override=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -144,9 +144,7 @@ def run(function, case: Case, device: torch.device | str = "cpu", *, exact: bool
     if initial is not None:
         leaves |= {"num": initial.num, "den": initial.den, "max": initial.max}
     gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return Results(
-        y.detach(), {n: s.detach() for n, s in states.items()}, dict(zip(leaves, gradients, strict=True))
-    )
+    return Results(y.detach(), {n: s.detach() for n, s in states.items()}, dict(zip(leaves, gradients, strict=True)))
 
 
 def state_invariants(state: WKVState) -> dict[str, Tensor]:

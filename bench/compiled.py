@@ -1,0 +1,197 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, special functions.
+
+Each kernel is compiled to machine code for the named targets, in every dtype and with the optional arguments that give
+it its variants. Special functions (exponentials, reciprocals, roots) are counted in the main loop, as instructions a
+lane for one token of one channel; in float64 they are made of ordinary arithmetic too. A spill is an error: exit 1.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+try:
+    import triton
+    from tqdm import tqdm
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError as error:
+    sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
+
+from fastwkv.kernels import wkv, wkv_bwd, wkv_step
+from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, wkv_launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
+OPTIONAL = {"initial_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "gfinal_ptr", "ginitial_ptr"}
+STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, the optional arguments that it is given, and the channels of its tensors."""
+
+    name: str
+    kernel: Any
+    rows: int  # tokens in the main loop
+    absent: frozenset[str]
+    channels: int = 768  # a multiple of the block; other numbers need masks
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernel reads or writes tensors in the dtype of the model."""
+        return bool(STREAMS & set(self.kernel.arg_names))
+
+
+def variant(
+    name: str, kernel: Any, rows: int, given: set[str], without: set[str] = frozenset(), C: int = 768
+) -> Variant:
+    """Describe the kernel with these of its optional arguments, and without some of the others."""
+    return Variant(name, kernel, rows, frozenset((OPTIONAL - given) | without), C)
+
+
+VARIANTS = [
+    variant("forward", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}),
+    variant("forward, packed", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("forward, summary", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set(), {"y_ptr"}),
+    variant("forward, carry", wkv._wkv_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}),
+    variant("backward", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}),
+    variant("backward, packed", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("backward, summary", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
+    variant("backward, carry", wkv_bwd._wkv_bwd_carry_kernel, 1, {"carry_ptr", *STATES}),
+    variant("step", wkv_step._wkv_step_kernel, 1, set()),
+]
+
+
+def compile_variant(job: tuple[int, str, str]) -> dict[str, Any]:
+    """Compile one variant for one dtype and target, and read the result."""
+    index, dtype, target = job
+    variant = VARIANTS[index]
+    acc = "fp64" if dtype == "float64" else "fp32"
+    launch = wkv_launch(1, 1, 1, 1, 8 if acc == "fp64" else 4)
+    constants = {
+        "C": variant.channels,
+        "ROWS": variant.rows,
+        "KEPT": CHECKPOINT_ROWS,
+        "BLOCK_C": launch.block_c,
+        "BLOCK": wkv_step.BLOCK,
+    }
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    names = variant.kernel.arg_names
+    for name in names:
+        if name in constants or name in variant.absent:
+            signature[name], values[name] = "constexpr", constants.get(name)
+        elif name == "edge_ptr":
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + (DTYPES[dtype] if name in STREAMS else acc)
+        else:
+            signature[name] = "i32"
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    warps = 4 if variant.kernel is wkv_step._wkv_step_kernel else launch.num_warps
+    source = ASTSource(variant.kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    read = _read_hip if TARGETS[target].backend == "hip" else _read_cuda
+    block = constants["BLOCK" if "BLOCK" in names else "BLOCK_C"]
+    elements = variant.rows * max(1, block // (warps * TARGETS[target].warp_size))  # of the main loop, a lane
+    registers, spilled, special = read(compiled)
+    return {
+        "kernel": variant.name,
+        "dtype": dtype if variant.streams else acc.replace("fp", "float"),
+        "target": target,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": compiled.metadata.shared,
+        "special": special / elements,
+    }
+
+
+def _read_cuda(compiled: Any) -> tuple[int, int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)
+    addresses = {int(address, 16): index for index, (address, _) in enumerate(lines)}
+    loops = []
+    for index, (_, text) in enumerate(lines):
+        jump = re.search(r"BRA\S* (?:\S+, )*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
+        if jump and jump[1] and addresses.get(int(jump[1], 16), index) < index:
+            loops.append((addresses[int(jump[1], 16)], index))
+    return registers, spilled, _special([text for _, text in lines], loops, r"\bMUFU\.(?:EX2|RCP|RCP64H|RSQ|LG2)")
+
+
+def _read_hip(compiled: Any) -> tuple[int, int, int]:
+    code = compiled.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
+    spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1])
+    lines = code.splitlines()
+    labels = {match[1]: index for index, line in enumerate(lines) if (match := re.match(r"(\.LBB\w+):", line))}
+    loops = []
+    for index, line in enumerate(lines):
+        jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+        if jump and labels.get(jump[1], index) < index:
+            loops.append((labels[jump[1]], index))
+    return registers, spilled, _special(lines, loops, r"\bv_(?:exp|rcp|rsq|log)_(?:f32|f64)")
+
+
+def _special(lines: list[str], loops: list[tuple[int, int]], pattern: str) -> int:
+    """Count in the main loop: of those that hold no smaller loop with special functions, the one that has the most."""
+    counts = {loop: sum(bool(re.search(pattern, line)) for line in lines[loop[0] : loop[1] + 1]) for loop in loops}
+    if not any(counts.values()):
+        return sum(bool(re.search(pattern, line)) for line in lines)
+    return max(counts.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: %(default)s)")
+    args = parser.parse_args()
+    jobs = [
+        (index, dtype, target)
+        for index, variant in enumerate(VARIANTS)
+        for dtype in args.dtypes
+        for target in args.targets
+        # What has no stream in the model's dtype is the same for all that sum in float32.
+        if variant.streams or dtype in ("float64", next((d for d in args.dtypes if d != "float64"), None))
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        rows = list(tqdm(pool.imap(compile_variant, jobs), total=len(jobs), unit=" kernels", disable=None))
+
+    print(f"{'kernel':<18} {'dtype':<9} {'target':<7} {'registers':>9} {'spilled':>8} {'shared':>7} {'special':>8}")
+    print(f"{'':<18} {'':<9} {'':<7} {'':>9} {'bytes':>8} {'bytes':>7} {'a row':>8}")
+    for row in rows:
+        print(
+            f"{row['kernel']:<18} {row['dtype']:<9} {row['target']:<7} {row['registers']:>9}"
+            f" {row['spilled_bytes']:>8} {row['shared_bytes']:>7} {row['special']:>8.2f}"
+        )
+    spilling = [row for row in rows if row["spilled_bytes"]]
+    if spilling:
+        sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What the launchers of every device need to know before they start a kernel."""
+
+import torch
+from torch import Tensor
+
+from fastwkv.kernels.config import WKVLaunch, wkv_launch
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype of sums, states and their gradients: float64 if any argument is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def launch_for(k: Tensor, acc: torch.dtype) -> WKVLaunch:
+    """Choose the launch shape for WKV on the device of k."""
+    multiprocessors = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
+    return wkv_launch(*k.shape, multiprocessors, acc.itemsize)
+
+
+def packed_edges(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it."""
+    tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
+    # Offsets on a GPU are not checked: whatever they are, no sequence beyond the last is read or written.
+    sequence.clamp_(max=cu_seqlens.shape[0] - 2)
+    changes = torch.nn.functional.pad(sequence.diff() != 0, (1, 1), value=True).int()
+    return 4 * sequence + 2 * changes[1:] + changes[:-1]

@@ -1,0 +1,80 @@
+"""What the WKV kernels share: constants, weights, and states in registers and in memory. See wkv.py."""
+
+import triton
+import triton.language as tl
+
+NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
+TINY = tl.constexpr(1.1754943508222875e-38)  # keeps 0 / 0 away; every other denominator is at least about 1
+MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
+
+
+@triton.jit
+def load_rate(w_ptr, c, in_c, ACC: tl.constexpr):
+    w = tl.load(w_ptr + c, mask=in_c, other=0.0).to(ACC)
+    w = tl.where(w > MAX_RATE, MAX_RATE, w)  # not tl.minimum: a NaN must stay one
+    return tl.where(w < -MAX_RATE, -MAX_RATE, w)
+
+
+@triton.jit
+def weigh(d):
+    """Weights of the past and of the present, whose exponents differ by d, the larger being 1."""
+    e = tl.exp(-tl.abs(d))
+    return tl.where(d >= 0, 1.0, e), tl.where(d >= 0, e, 1.0)
+
+
+@triton.jit
+def absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, steps):
+    """Let the state age by ``steps`` and add a term of exponent p_new, d = p - p_new being known."""
+    d -= steps * w
+    past, now = weigh(d)
+    stays = d >= 0
+    num = past * num + now * num_new
+    den = past * den + now * den_new
+    return num, den, tl.where(stays, anchor, p_new), tl.where(stays, age + steps, 0.0)
+
+
+@triton.jit
+def two_sum(a, b):
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+@triton.jit
+def load_state(ptr, field, mask):
+    num = tl.load(ptr, mask=mask, other=0.0)
+    den = tl.load(ptr + field, mask=mask, other=0.0)
+    p = tl.load(ptr + 2 * field, mask=mask, other=0.0)
+    return num, den, tl.where(p == -float("inf"), NO_PAST, p)
+
+
+@triton.jit
+def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
+    """Write (num, den, p = anchor - decay - decay_low), with the rounding error of p folded into num and den."""
+    p, error = two_sum(anchor, -decay)
+    error -= decay_low
+    fold = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0)  # error is NaN where p overflowed to -inf
+    tl.store(ptr, num * fold, mask=mask)
+    tl.store(ptr + field, den * fold, mask=mask)
+    tl.store(ptr + 2 * field, tl.where(p <= 0.9 * NO_PAST, -float("inf"), p), mask=mask)
+
+
+@triton.jit
+def store_aged(ptr, field, num, den, anchor, age, w, mask):
+    decay = age * w
+    store_state(ptr, field, num, den, anchor, decay, tl.fma(age, w, -decay), mask)
+
+
+@triton.jit
+def enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age):
+    """Replace the state where a packed sequence starts."""
+    if (edge & 1) != 0:
+        if initial_ptr is not None:
+            n = (edge >> 2).to(tl.int64)
+            num, den, anchor = load_state(initial_ptr + n * C + c, field, in_c)
+        else:
+            num = tl.zeros_like(num)
+            den = tl.zeros_like(den)
+            anchor = tl.full(anchor.shape, NO_PAST, anchor.dtype)
+        age = tl.zeros_like(age)
+    return num, den, anchor, age

@@ -1,0 +1,98 @@
+"""One token of WKV on a GPU, for text that is generated.
+
+The formulas are those of wkv.py, but the state that comes back must hold p - w in one float32, token after token.
+Rounded at |p| = 60 that loses 2e-6 a step, 1e-3 in 8192 tokens of a small w, and folding the residue into num and den
+rounds there, always the same way. So the state is kept at a scale near e^0, where float32 resolves p to 1e-10: any
+scale will do, since only num e^p and den e^p mean anything. A token heavier than the past is added to it as
+E = e^{k - p}, up to e^60, and num and den change only by what the tokens bring.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastwkv.kernels.wkv_state import NO_PAST, TINY, load_rate, two_sum
+
+BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
+REACH = tl.constexpr(60.0)  # scales are moved, and heavier tokens added to the past, up to e^60 = 1e26
+FINE = tl.constexpr(2.0**-7)  # a smaller max stays: half a unit in its last place, 8192 times, is 2e-6
+LARGEST = tl.constexpr(1e30)  # bounds of what is moved, far enough from overflow for the next tokens
+SMALLEST = tl.constexpr(1e-30)
+
+
+@triton.jit
+def _add(num, den, d, d_low, v):
+    """Add a token to the past, d + d_low heavier than it. Returns the sums and whether the past keeps its scale."""
+    near = d >= -REACH
+    d = tl.where(near, -d, d)
+    e = tl.exp(d)
+    d_low = tl.where(tl.abs(d_low) < 1, d_low, 0.0)  # NaN where infinities met
+    e = tl.fma(e, tl.where(near, -d_low, d_low), e)
+    past = tl.where(near, 1.0, e)
+    now = tl.where(near, e, 1.0)
+    return past * num + now * v, past * den + now, near
+
+
+@triton.jit(do_not_specialize=["size"])
+def _wkv_step_kernel(
+    w_ptr,  # [C]
+    u_ptr,  # [C]
+    k_ptr,  # [B, C]
+    v_ptr,  # [B, C]
+    num_ptr,  # [B, C]
+    den_ptr,  # [B, C]
+    max_ptr,  # [B, C]
+    y_ptr,  # [B, C]
+    state_ptr,  # [3, B, C]
+    size,  # B * C
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    c = i % C
+    w = load_rate(w_ptr, c, inside, ACC)
+    u = tl.load(u_ptr + c, mask=inside, other=0.0).to(ACC)
+    k = tl.load(k_ptr + i, mask=inside, other=0.0).to(ACC)
+    v = tl.load(v_ptr + i, mask=inside, other=0.0).to(ACC)
+    num = tl.load(num_ptr + i, mask=inside, other=0.0)
+    den = tl.load(den_ptr + i, mask=inside, other=0.0)
+    p = tl.load(max_ptr + i, mask=inside, other=0.0)
+    p = tl.where(p == -float("inf"), NO_PAST, p)
+
+    gap, gap_low = two_sum(p, -k)
+    d, d_low = two_sum(gap, -u)
+    y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
+    tl.store(y_ptr + i, y_num / tl.maximum(y_den, TINY), mask=inside)
+
+    d, d_low = two_sum(gap, -w)
+    num, den, near = _add(num, den, d, gap_low + d_low, v)
+    aged, error = two_sum(p, -w)
+    p = tl.where(near, aged, k)
+    fold = tl.where(near & (tl.abs(error) < 1), tl.exp(error), 1.0)
+    num *= fold
+    den *= fold
+
+    shift = tl.where((tl.abs(p) > FINE) & (tl.abs(p) < REACH), p, 0.0)
+    factor = tl.exp(shift)
+    moves = (den * factor < LARGEST) & (den * factor > SMALLEST) & (tl.abs(num * factor) < LARGEST)
+    factor = tl.where(moves, factor, 1.0)
+    p = tl.where(moves, p - shift, p)
+    tl.store(state_ptr + i, num * factor, mask=inside)
+    tl.store(state_ptr + size + i, den * factor, mask=inside)
+    tl.store(state_ptr + 2 * size.to(tl.int64) + i, tl.where(p <= 0.9 * NO_PAST, -float("inf"), p), mask=inside)
+
+
+def wkv_step(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, num: Tensor, den: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run one token: y ``[B, C]`` and the packed state ``[3, B, C]``."""
+    y = torch.empty_like(v)
+    state = num.new_empty(3, *num.shape)
+    with torch.cuda.device_of(k):
+        _wkv_step_kernel[(triton.cdiv(k.numel(), BLOCK),)](
+            w.contiguous(), u.contiguous(), k, v, num, den, scale, y, state, k.numel(), k.shape[1], BLOCK=BLOCK
+        )
+    return y, state
