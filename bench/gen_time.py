@@ -6,9 +6,9 @@ protocols: "recompute" reads the whole text again for every token, which is what
 carries keys and values, which is what people run.
 
 What is timed. From handing over the prompt to having each new token, with the device synchronised after each; the
-first token includes reading the prompt. Some tokens are generated beforehand and not counted. The protocols that take
-little time run several times, and a token's time is the median of its times over these passes, so that what else the
-machine does shows less. Python's garbage collector waits meanwhile, as in timeit.
+first token includes reading the prompt. Some tokens are generated beforehand and not counted. A series of few seconds
+runs several times, and a token's time is the median of its times over these passes, so that what else the machine does
+shows less. Python's garbage collector waits meanwhile, as in timeit.
 
 What is fitted. The exponent is the slope of log(cumulative seconds) against log(tokens), both counted from the first
 token, which also had the prompt to read; by least squares over the tokens from an eighth of the way on, each weighted
@@ -133,6 +133,7 @@ class Run:
                     self.save()
 
             measure(series, start, self.args.tokens, synchronize, tick)
+            bar.total = bar.n  # a slow series makes fewer passes than it may
 
     def save(self) -> None:
         """Write gen_time.json, whole or not at all."""

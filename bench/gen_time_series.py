@@ -14,7 +14,8 @@ FIT = (
     "slope of log(seconds after the first token) on log(tokens after the first), by least squares"
     " over the tokens from 1/8 of the way on, with weights 1/token"
 )
-PASSES = {"recurrent": 9, "kv-cache": 5, "recompute": 1}
+PASSES = {"recurrent": 9, "kv-cache": 5, "recompute": 1}  # at most
+REPEAT_FOR = 8.0  # seconds of a series after which no further pass begins
 
 
 @dataclass
@@ -65,7 +66,10 @@ def measure(
     series: Series, start: Callable[[], Iterator[Any]], tokens: int, synchronize: Callable[[], None], tick: Any
 ) -> None:
     """Time every token of every pass; what is measured stands in ``series`` at any moment."""
-    for _ in range(PASSES[series.protocol]):
+    began = time.monotonic()
+    while len(series.seconds) < PASSES[series.protocol] and (
+        not series.seconds or time.monotonic() - began < REPEAT_FOR
+    ):
         gc.collect()
         gc.disable()
         steps = start()

@@ -333,6 +333,18 @@ def test_passes_combine_to_the_median_of_each_token() -> None:
     assert series.Series("rwkv4", "recurrent").cumulative == []
 
 
+def test_slow_series_makes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> Iterator[torch.Tensor]:
+        while True:
+            yield torch.zeros(3)
+
+    quick, slow = series.Series("rwkv4", "recurrent"), series.Series("rwkv4", "recurrent")
+    series.measure(quick, steps, 2, lambda: None, lambda: None)
+    monkeypatch.setattr(series, "REPEAT_FOR", 0.0)
+    series.measure(slow, steps, 2, lambda: None, lambda: None)
+    assert (len(quick.seconds), len(slow.seconds)) == (series.PASSES["recurrent"], 1)
+
+
 def test_clock_stops_only_when_the_device_has_finished() -> None:
     events: list[str] = []
 
