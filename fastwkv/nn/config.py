@@ -25,6 +25,7 @@ class RWKV4Config:
     Raises:
         TypeError: a size is no integer.
         ValueError: a size is below 1, or ``layer_norm_eps`` is not positive.
+
     """
 
     layers: int
@@ -48,6 +49,7 @@ class RWKV4Config:
 
         Raises:
             ValueError: there is no preset of this name.
+
         """
         if name not in _PRESETS:
             raise ValueError(f"the preset must be one of {', '.join(_PRESETS)}, got {name!r}")

@@ -44,6 +44,7 @@ def generate(
     Raises:
         TypeError: an argument is of another type.
         ValueError: an argument is out of range, or ``tokens`` or ``state`` does not fit the model.
+
     """
     if not isinstance(model, RWKV4):
         raise TypeError(f"model must be an RWKV4, got {type(model).__name__}")

@@ -32,6 +32,7 @@ class RWKV4TimeMix(nn.Module):
     Args:
         config: the sizes.
         layer: which of the L layers this is; the initial values depend on it.
+
     """
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
@@ -75,6 +76,7 @@ class RWKV4TimeMix(nn.Module):
 
         Returns:
             y of the shape of x, and the state after the last token.
+
         """
         if state is None:
             first = x if x.dim() == 2 else x[:, 0]
@@ -103,6 +105,7 @@ class RWKV4ChannelMix(nn.Module):
     Args:
         config: the sizes.
         layer: which of the L layers this is; the initial values depend on it.
+
     """
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
@@ -137,6 +140,7 @@ class RWKV4ChannelMix(nn.Module):
 
         Returns:
             y of the shape of x, and the state after the last token.
+
         """
         if state is None:
             state = torch.zeros_like(x if x.dim() == 2 else x[:, 0])
@@ -195,6 +199,7 @@ class RWKV4(nn.Module):
 
     Args:
         config: the sizes, for example ``RWKV4Config.preset("169m")``.
+
     """
 
     def __init__(self, config: RWKV4Config) -> None:
@@ -238,6 +243,7 @@ class RWKV4(nn.Module):
         Raises:
             TypeError: ``tokens`` or ``state`` is of another type or dtype.
             ValueError: a shape or device does not fit.
+
         """
         x, state = self.features(tokens, state)
         return self.head(x), state
