@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import WKVLaunch, wkv_launch
+from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch, wkv_launch
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -11,10 +11,20 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def checkpoint_shape(B: int, T: int, C: int) -> tuple[int, int, int]:
+    """Shape of WKV's checkpoints: num, den, max before every CHECKPOINT_ROWS-th token, one below the other.
+
+    Three axes and not ``[B, blocks, 3, C]``: blocks may be 1 and 3 blocks may not, and where T is symbolic PyTorch
+    would make two cases of that.
+    """
+    return B, 3 * ((T + CHECKPOINT_ROWS - 1) // CHECKPOINT_ROWS), C
+
+
 def launch_for(k: Tensor, acc: torch.dtype) -> WKVLaunch:
     """Choose the launch shape for WKV on the device of k."""
     multiprocessors = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
-    return wkv_launch(*k.shape, multiprocessors, acc.itemsize)
+    B, T, C = k.shape
+    return wkv_launch(B, T, C, multiprocessors, acc.itemsize)
 
 
 def packed_edges(cu_seqlens: Tensor, T: int) -> Tensor:

@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch
-from fastwkv.kernels.launch import accumulation_dtype, launch_for, packed_edges
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges
 from fastwkv.kernels.wkv_state import NO_PAST, TINY, absorb, enter, load_rate, load_state, store_aged, weigh
 
 
@@ -92,7 +92,7 @@ def _wkv_fwd_kernel(
     carry_ptr,  # [3, B * chunks, C], before every chunk; None: a chunk is a sequence, or a summary is wanted
     edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence, and whether it ends, starts; None: not packed
     y_ptr,  # [B, T, C]; None: a summary is wanted, the state after each chunk from an empty one
-    checkpoint_ptr,  # [B, blocks, 3, C], or None
+    checkpoint_ptr,  # [B, 3 * blocks, C], or None
     final_ptr,  # [3, N, C]; for summaries [3, B * chunks, C]
     N,
     T,
@@ -214,8 +214,7 @@ def wkv_fwd(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty_like(v)
     final = k.new_empty(3, N, C, dtype=acc)
-    blocks = triton.cdiv(T, CHECKPOINT_ROWS)
-    checkpoints = k.new_empty((B, blocks, 3, C) if save else 0, dtype=acc)
+    checkpoints = k.new_empty(checkpoint_shape(B, T, C) if save else 0, dtype=acc)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T)
     w, u = w.contiguous(), u.contiguous()
     grid = (B * chunks, triton.cdiv(C, launch.block_c))

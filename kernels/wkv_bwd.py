@@ -136,7 +136,7 @@ def _wkv_bwd_kernel(
     k_ptr,  # [B, T, C]
     v_ptr,  # [B, T, C]
     gy_ptr,  # [B, T, C]
-    checkpoint_ptr,  # [B, blocks, 3, C]
+    checkpoint_ptr,  # [B, 3 * blocks, C]
     initial_ptr,  # [3, N, C], where packed sequences start; or None
     edge_ptr,  # int32 [T], or None
     gfinal_ptr,  # [2, N, C], (gm, gl) after every sequence; None: zero

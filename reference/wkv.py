@@ -3,6 +3,7 @@
 Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, equations 16 and 19-22.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,16 @@ def _normalised(num: Tensor, den: Tensor, scale: Tensor) -> WKVState:
     return WKVState(num, den, torch.where(den == 0, -torch.inf, scale))
 
 
-def _per_sequence(recurrence, w, u, k, v, initial_state, return_state, cu_seqlens):  # type: ignore[no-untyped-def]
+def _per_sequence(
+    recurrence: Callable[[Tensor, Tensor, Tensor, Tensor, WKVState], tuple[Tensor, WKVState]],
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: WKVState | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+) -> Tensor | tuple[Tensor, WKVState]:
     dtype = torch.float64 if torch.float64 in {t.dtype for t in (w, u, k, v)} else torch.float32
     w, u, keys, values = (t.to(dtype) for t in (w, u, k, v))
     bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()

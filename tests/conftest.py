@@ -22,8 +22,11 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_memory(request):
     """Fill what torch.empty returns with NaN, so that an output that is not written shows."""
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

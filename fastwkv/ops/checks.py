@@ -1,5 +1,7 @@
 """What every operator asks of its arguments. All of it runs before anything is launched."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
-        ascending = all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != length or not ascending:
             raise ValueError(f"cu_seqlens must increase from 0 to T = {length}, got {_abbreviated(offsets)}")
 

@@ -1,15 +1,40 @@
 """WKV: the public function, its autograd and its registration."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS
-from fastwkv.kernels.launch import accumulation_dtype
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 from fastwkv.ops import checks
 from fastwkv.ops.library import register
 from fastwkv.reference.wkv import WKVState
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: WKVState | None = None,
+    *,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: WKVState | None = None,
+    *,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, WKVState]: ...
 
 
 def wkv(
@@ -76,7 +101,7 @@ def wkv(
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, final, _ = WKV.apply(w, u, k, v, packed, cu_seqlens)
+        y, final, _ = WKV.apply(w, u, k, v, packed, cu_seqlens)  # type: ignore[no-untyped-call]
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
@@ -103,14 +128,17 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
     _check_state(state, "B C", B, w, u, k_t, v_t)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (w, u, k_t, v_t, *state)):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
-        return y[:, 0], final  # type: ignore[call-overload, return-value]
+        return y[:, 0], final
     k_t, v_t, num, den, scale = (t.contiguous() for t in (k_t, v_t, *state))
     y_t, final = torch.ops.fastwkv.wkv_step(w, u, k_t, v_t, num, den, scale)
     return y_t, WKVState(*final.unbind(0))
 
 
 class WKV(torch.autograd.Function):
-    """WKV under autograd. States are packed as ``[3, N, C]``, their adjoints (gm, gl) as ``[2, N, C]``; see kernels/wkv.py."""
+    """WKV under autograd; kernels/wkv.py holds the adjoint.
+
+    States are packed as ``[3, N, C]``, the adjoints (gm, gl) of their means and log weights as ``[2, N, C]``.
+    """
 
     @staticmethod
     def forward(
@@ -174,11 +202,10 @@ def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k:
 def _wkv_fwd_fake(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    C = k.shape[2]
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(w, u, k, v)
-    blocks = (T + CHECKPOINT_ROWS - 1) // CHECKPOINT_ROWS
-    checkpoints = k.new_empty((B, blocks, 3, C) if save else (0,), dtype=dtype)
+    checkpoints = k.new_empty(checkpoint_shape(*k.shape) if save else (0,), dtype=dtype)
     return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
 
 

@@ -19,11 +19,6 @@ WIDTH = 64
 PIECES_PER_THREAD = 2
 
 
-def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any argument is float64, else float32: the dtype of sums and states."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
     """Return where the sequences of one batch row begin and end."""
     return np.array((0, T)) if cu_seqlens is None else cu_seqlens.to(torch.int64).numpy()

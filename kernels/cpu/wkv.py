@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds, sum_dtype
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.cpu.numerics import TAGS, exp, kernel, load, prefetch, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
 from fastwkv.kernels.cpu.wkv_bwd import wkv_bwd
@@ -40,6 +40,7 @@ from fastwkv.kernels.cpu.wkv_state import (
     store_packed,
 )
 from fastwkv.kernels.cpu.wkv_step import wkv_step
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 
 __all__ = ["wkv_bwd", "wkv_fwd", "wkv_step"]
 
@@ -53,7 +54,7 @@ def _wkv_fwd_kernel(
     y_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C] or 0
     final_ptr,  # [3, N, C]
-    checkpoint_ptr,  # [B, ceil(T / 16), 3, C] or 0
+    checkpoint_ptr,  # [B, 3 ceil(T / 16), C] or 0
     bounds,  # where the sequences of one batch row begin and end
     shape,  # T, C, N
     work,  # channels in a block, first and last unit of work
@@ -110,7 +111,7 @@ def wkv_fwd(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B, T, C], the final state [3, N, C], and with ``save`` the checkpoints for the backward pass."""
-    dtype = sum_dtype(w, u, k, v)
+    dtype = accumulation_dtype(w, u, k, v)
     B, T, C = k.shape
     if not fits(k, dtype):
         y, final, checkpoints = wkv_fwd(*fitted(dtype, w, u, k, v, initial, cu_seqlens), save)  # type: ignore[call-arg]
@@ -121,7 +122,7 @@ def wkv_fwd(
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
     initial = None if initial is None else initial.contiguous()
     y, final = torch.empty_like(v), k.new_empty((3, N, C), dtype=dtype)
-    checkpoints = k.new_empty((B, -(-T // CHECKPOINT_ROWS), 3, C) if save else (0,), dtype=dtype)
+    checkpoints = k.new_empty(checkpoint_shape(B, T, C) if save else (0,), dtype=dtype)
     pointers = addresses(w, u, k, v, y, initial, final, checkpoints if save else None)
     fixed = bounds, (T, C, N)
     tags = TAGS[k.dtype], TAGS[dtype]

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds, sum_dtype
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, prefetch, splat, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
 from fastwkv.kernels.cpu.wkv_state import add, empty_state, load_packed, load_w, locate
+from fastwkv.kernels.launch import accumulation_dtype
 
 # Vectors in scratch for each row: r, 1 - r, r (1 - r) δ, α, gy s, gy (1 - s), den.
 ROW_VALUES = 7
@@ -122,7 +123,7 @@ def _wkv_bwd_kernel(
     k_ptr,  # [B, T, C]
     v_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C] or 0
-    checkpoint_ptr,  # [B, ceil(T / 16), 3, C]
+    checkpoint_ptr,  # [B, 3 ceil(T / 16), C]
     gy_ptr,  # [B, T, C]
     gfinal_ptr,  # [2, N, C] or 0: gm and gl
     gwu_ptr,  # [2, N, C]: gw and gu of each sequence
@@ -191,7 +192,7 @@ def wkv_bwd(
 
     ``gfinal`` is (gm, gl) of the final state.
     """
-    dtype = sum_dtype(w, u, k, v)
+    dtype = accumulation_dtype(w, u, k, v)
     B, T, C = k.shape
     if not fits(k, dtype):
         results = wkv_bwd(*fitted(dtype, w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal))
