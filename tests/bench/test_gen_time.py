@@ -42,6 +42,8 @@ gen_time, series, figure, models = map(load, ("gen_time", "gen_time_series", "ge
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gen_time, "WARM_UP", 2)
     monkeypatch.setattr(gen_time, "SAVE_EVERY", 0.0)
+    for protocol in ("recurrent", "kv-cache"):
+        monkeypatch.setitem(series.PASSES, protocol, 2)
     monkeypatch.setattr(gen_time.figure, "draw", lambda record, path: path.write_text("a figure"))
 
 
