@@ -8,7 +8,6 @@ takes a step. Both give the same numbers and carry the same state.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +87,8 @@ class RWKV4TimeMix(nn.Module):
         v = self.value(torch.lerp(previous, x, self.time_mix_value))
         dtype = wkv_dtype(self.time_decay)
         w, u = self.time_decay.to(dtype).exp(), self.time_first.to(dtype)
-        result: Any = wkv_step(w, u, k, v, wkv_state) if x.dim() == 2 else wkv(w, u, k, v, wkv_state, return_state=True)
-        y, wkv_state = result
+        inputs = w, u, k, v, wkv_state
+        y, wkv_state = wkv_step(*inputs) if x.dim() == 2 else wkv(*inputs, return_state=True)
         return self.output(torch.sigmoid(r) * y), (_last(x), wkv_state)
 
 
