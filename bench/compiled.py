@@ -27,7 +27,7 @@ except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
 from fastwkv.kernels import wkv, wkv_bwd, wkv_step
-from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, wkv_launch
+from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, FP_FUSION, wkv_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,10 +66,12 @@ def variant(
 
 VARIANTS = [
     variant("forward", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}),
+    variant("forward, odd C", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}, C=770),
     variant("forward, packed", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
     variant("forward, summary", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set(), {"y_ptr"}),
     variant("forward, carry", wkv._wkv_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}),
     variant("backward", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}),
+    variant("backward, odd C", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, C=770),
     variant("backward, packed", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
     variant("backward, summary", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
     variant("backward, carry", wkv_bwd._wkv_bwd_carry_kernel, 1, {"carry_ptr", *STATES}),
@@ -105,7 +107,9 @@ def compile_variant(job: tuple[int, str, str]) -> dict[str, Any]:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
     warps = 4 if variant.kernel is wkv_step._wkv_step_kernel else launch.num_warps
     source = ASTSource(variant.kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    compiled = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": FP_FUSION}
+    )
     read = _read_hip if TARGETS[target].backend == "hip" else _read_cuda
     block = constants["BLOCK" if "BLOCK" in names else "BLOCK_C"]
     elements = variant.rows * max(1, block // (warps * TARGETS[target].warp_size))  # of the main loop, a lane

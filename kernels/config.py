@@ -9,6 +9,10 @@ BACKWARD_ROWS = 8
 """Tokens that the backward kernel keeps in registers between recomputation and adjoint. With 16, float64 spills."""
 
 
+FP_FUSION = True
+"""Multiplications and additions become one instruction with one rounding. Said, since Triton's default will change."""
+
+
 @dataclass(frozen=True)
 class WKVLaunch:
     """How the WKV kernels are laid over the device."""
@@ -19,6 +23,10 @@ class WKVLaunch:
     """Warps a program."""
     chunk: int
     """Tokens a program, a multiple of CHECKPOINT_ROWS."""
+
+    def options(self, C: int) -> dict[str, int]:
+        """What every kernel that walks along time is compiled for."""
+        return {"C": C, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
 WARPS_WANTED = 8

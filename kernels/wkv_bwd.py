@@ -274,7 +274,7 @@ def wkv_bwd(
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T)
     rates = (w.contiguous(), u.contiguous())
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    options = {"C": C, "BLOCK_C": launch.block_c, "num_warps": launch.num_warps}
+    options = launch.options(C)
     rows = {"ROWS": BACKWARD_ROWS, "KEPT": CHECKPOINT_ROWS}
     inputs = (*rates, k, v, gy, checkpoints, initial, edges, gfinal)
 

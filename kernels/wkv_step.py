@@ -4,7 +4,7 @@ The formulas are those of wkv.py, but the state that comes back must hold p - w 
 Rounded at |p| = 60 that loses 2e-6 a step, 1e-3 in 8192 tokens of a small w, and folding the residue into num and den
 rounds there, always the same way. So the state is kept at a scale near e^0, where float32 resolves p to 1e-10: any
 scale will do, since only num e^p and den e^p mean anything. A token heavier than the past is added to it as
-E = e^{k - p}, up to e^60, and num and den change only by what the tokens bring.
+E = e^{k - p}, up to e^64, and num and den change only by what the tokens bring.
 """
 
 import torch
@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.wkv_state import NO_PAST, TINY, load_rate, two_sum
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
-REACH = tl.constexpr(60.0)  # scales are moved, and heavier tokens added to the past, up to e^60 = 1e26
+REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27
 FINE = tl.constexpr(2.0**-7)  # a smaller max stays: half a unit in its last place, 8192 times, is 2e-6
 LARGEST = tl.constexpr(1e30)  # bounds of what is moved, far enough from overflow for the next tokens
 SMALLEST = tl.constexpr(1e-30)
@@ -93,6 +94,7 @@ def wkv_step(
     state = num.new_empty(3, *num.shape)
     with torch.cuda.device_of(k):
         _wkv_step_kernel[(triton.cdiv(k.numel(), BLOCK),)](
-            w.contiguous(), u.contiguous(), k, v, num, den, scale, y, state, k.numel(), k.shape[1], BLOCK=BLOCK
-        )
+            w.contiguous(), u.contiguous(), k, v, num, den, scale, y, state, k.numel(), k.shape[1],
+            BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
     return y, state

@@ -4,7 +4,7 @@ The formulas are those of kernels/cpu/wkv.py, but the state that comes back must
 token. Rounding it at |p| = 60 loses 2e-6 a step, which adds up to 1e-3 in 8192 tokens of a small w; the residue moved
 into num and den is itself rounded there, always in the same direction, and adds up to 1e-5. So the state is kept at
 a scale near e^0, where float32 resolves p to 1e-10: any scale will do, since only num e^p and den e^p mean anything.
-With it a token is added as E = e^{k - p} even if it is heavier than the past, up to e^60, and num and den change only
+With it a token is added as E = e^{k - p} even if it is heavier than the past, up to e^64, and num and den change only
 by what the tokens bring.
 """
 
@@ -17,8 +17,8 @@ from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
 from fastwkv.kernels.cpu.wkv_state import add, load_state, load_w, locate, ratio, rounded, store_packed
 
-# Scales are moved, and tokens heavier than the past added to it, up to e^60 = 1e26.
-REACH = 60.0
+# Scales are moved, and tokens heavier than the past added to it, up to e^64 = 6e27.
+REACH = 64.0
 # A max below this stays as it is: half a unit in its last place, 8192 times, is 2e-6.
 FINE = 2.0**-7
 # Bounds of what is moved, far enough from overflow for the next tokens.
