@@ -1,0 +1,68 @@
+"""What the command lines of ops.py and accuracy.py share. Whatever is wrong: one line and status 2."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one-line complaints."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without the usage and end the program."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return the type of an option that takes some of the ``known`` names, separated by commas."""
+    known = list(known)
+
+    def split(text: str) -> list[str]:
+        found = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r} (choose from {', '.join(known)})")
+        return found
+
+    return split
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def device(name: str | None, parser: Parser) -> torch.device:
+    """Return the device of this name, by default the GPU where there is one."""
+    count = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        parser.error(f"unknown device {name!r} (choose from cpu, cuda, cuda:N)")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if (found.index or 0) >= count:
+        parser.error(f"there is no device {name!r} here: PyTorch sees {count} GPUs")
+    return torch.device("cuda", found.index or 0)
+
+
+def check_writable(folder: Path, parser: Parser) -> None:
+    """Make the folder and see that files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"cannot write into {str(folder)!r}: {error.strerror}")

@@ -1,0 +1,111 @@
+"""Timing of several calls by turns, so that whatever else the machine does falls on all of them alike."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+ONCE = 10.0  # seconds: what takes longer is measured once
+SLOW = 0.1  # seconds: what takes longer has no uncounted call at the beginning of its turn
+QUANTILES = (0.1, 0.25, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one call: until both have been reached."""
+
+    repeats: int
+    seconds: float
+    turn: float = 0.03
+    """Seconds of one turn, in which a quick call runs several times."""
+
+
+FULL = Effort(repeats=3, seconds=1.5)
+QUICK = Effort(repeats=2, seconds=0.1)
+
+
+@dataclass
+class Task:
+    """A call and how long it took, each time. ``prepare`` runs before each call, outside the measurement."""
+
+    call: Callable[[Any], Any]
+    device: torch.device
+    prepare: Callable[[], Any] = lambda: None
+    first: float = 0.0
+    """Seconds of a run before the measurement, whose result was looked at."""
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self) -> tuple[Any, float]:
+        """Call once; return the result and the seconds until the device had it."""
+        prepared = self.prepare()
+        _synchronize(self.device)
+        begin = time.perf_counter()
+        result = self.call(prepared)
+        _synchronize(self.device)
+        return result, time.perf_counter() - begin
+
+    def enough(self, effort: Effort) -> bool:
+        """Whether it has been measured for long enough."""
+        return self.first > ONCE or (len(self.seconds) >= effort.repeats and sum(self.seconds) >= effort.seconds)
+
+    def take_turn(self, effort: Effort) -> None:
+        """Call as often as fits into a turn, at least once."""
+        estimate = min(self.seconds, default=self.first)
+        if estimate < SLOW:
+            self.run()
+        self.seconds += [self.run()[1] for _ in range(max(1, round(effort.turn / estimate)))]
+
+    def figures(self) -> dict[str, Any]:
+        """Return median, minimum and quantiles, in milliseconds, and the number of calls."""
+        ms = [1e3 * second for second in self.seconds]
+        quantiles = np.quantile(ms, QUANTILES)
+        return {
+            "ms": float(np.median(ms)),
+            "ms_min": min(ms),
+            "quantiles": {str(q): float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+            "repeats": len(ms),
+        }
+
+
+def measure(tasks: list[Task], effort: Effort, done: Callable[[], Any]) -> None:
+    """Measure all tasks by turns, calling ``done`` for each that is. Python's garbage collector waits meanwhile.
+
+    The first run of a task does not count, unless it took longer than ``ONCE`` seconds.
+    """
+    waiting = list(tasks)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        while waiting:
+            for task in waiting:
+                if task.first > ONCE:
+                    task.seconds.append(task.first)
+                else:
+                    task.take_turn(effort)
+                if task.first > SLOW:
+                    gc.collect()
+                if task.enough(effort):
+                    done()
+            waiting = [task for task in waiting if not task.enough(effort)]
+    finally:
+        if collects:
+            gc.enable()
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Return GB/s of reading and writing while a tensor far larger than any cache is copied, the median of nine."""
+    source = torch.ones(2**26, device=device)  # 256 MiB
+    target = torch.empty_like(source)
+    task = Task(lambda _: target.copy_(source), device)
+    task.run()
+    task.seconds += [task.run()[1] for _ in range(9)]
+    return 2 * source.nbytes / float(np.median(task.seconds)) / 1e9
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,61 @@
+"""Result files of ops.py and accuracy.py: a record of the run, and rows of one line each."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from command_line import Parser
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write the record, its ``rows`` last and one line each; whole or not at all."""
+    rows = ",\n".join(f"    {json.dumps(_plain(row))}" for row in record["rows"])
+    head = json.dumps(_plain({**record, "rows": []}), indent=2)
+    assert head.endswith('"rows": []\n}')
+    text = head.removesuffix("[]\n}") + (f"[\n{rows}\n  ]\n}}\n" if rows else "[]\n}\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def keep_other_hardware(path: Path, device: dict[str, Any], parser: Parser) -> None:
+    """End the program if the file holds what other hardware measured."""
+    try:
+        before = json.loads(path.read_text())["device"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        parser.error(f"{str(path)!r} is not a result of this program; choose another folder with --out")
+    if before["name"] != device["name"]:
+        parser.error(f"{str(path)!r} was measured on {before['name']!r}; choose another folder with --out")
+
+
+def markdown(head: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
+    """Lay out a markdown table that reads well as text too: so many columns of text, then numbers."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+
+    def joined(cells: list[str]) -> str:
+        columns = zip(cells, widths, strict=True)
+        aligned = [cell.ljust(width) if n < texts else cell.rjust(width) for n, (cell, width) in enumerate(columns)]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = "|".join("-" * (width + 2) if n < texts else "-" * (width + 1) + ":" for n, width in enumerate(widths))
+    return "\n".join([joined(head), f"|{rule}|", *map(joined, lines[1:])])
+
+
+def _plain(value: Any) -> Any:
+    # Numbers of five digits; JSON knows neither NaN nor infinity.
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,268 @@
+"""The operator benchmark: what it writes, whom it believes, how it fails."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "ops.py"
+PEERS = ("fastwkv", "hf", "loop", "reference")
+
+for package in ("tqdm", "transformers"):
+    pytest.importorskip(package)
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of bench/, which is a folder of scripts and no package."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+ops, passes, timing, table, providers, wkv_inputs = map(
+    load, ("ops", "ops_passes", "ops_timing", "ops_table", "providers", "wkv_inputs")
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.ops_timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
+    monkeypatch.setattr(ops.ops_timing, "copy_bandwidth", lambda device: 10.0)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
+    """Measure a tiny shape in this process; return the exit status and the rows by pass and provider."""
+    status = ops.main(["--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(folder), *arguments])
+    rows = json.loads((folder / "ops.json").read_text())["rows"]
+    return status, {(row["pass"], row["provider"]): row for row in rows}
+
+
+def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--shapes", "1x16x8,2x9x5"]
+    command += ["--passes", "forward,backward,forward+backward,step", "--out", str(tmp_path / "new")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ops.json"]
+    for text in ("times ours", "target", "fla: not available", "forward+backward", "GB/s"):
+        assert text in done.stdout
+
+    text = (tmp_path / "new" / "ops.json").read_text()
+    assert str(tmp_path) not in text
+    record = json.loads(text)
+    assert record["device"].keys() >= {"type", "name", "threads"}
+    assert {"python", "fastwkv", "torch", "transformers", "numba"} <= record["versions"].keys()
+    assert {"commit", "started", "settings"} <= record.keys()
+    assert record["copy_gbps"] > 0
+    assert len(record["rows"]) == 2 * 4 * 5
+    for row in record["rows"]:
+        assert row["op"] == "wkv"
+        assert row["dtype"] == "float32"
+        B, C, T = row["B"], row["C"], 1 if row["pass"] == "step" else {1: 16, 2: 9}[row["B"]]
+        assert (row["T"], {1: 8, 2: 5}[B]) == (T, C)
+        if row["provider"] == "fla":
+            assert (row["status"], row["reason"], row["ms"]) == ("unavailable", "runs on a GPU only", None)
+            continue
+        assert row["provider"] in PEERS
+        assert row["status"] == "ok"
+        assert 0 < row["error"] < 1e-5
+        assert row["error"] == max(row["errors"].values())
+        assert row["repeats"] >= 2
+        assert row["ms_min"] <= row["quantiles"]["0.1"] <= row["quantiles"]["0.25"] <= row["ms"]
+        assert row["ms"] <= row["quantiles"]["0.75"] <= row["quantiles"]["0.9"]
+        floats = {"forward": 3, "backward": 5, "forward+backward": 8, "step": 9}[row["pass"]]
+        assert row["gbps"] == pytest.approx(4 * floats * B * T * C / row["ms"] / 1e6, rel=1e-3)
+        assert row["fraction"] == pytest.approx(row["gbps"] / record["copy_gbps"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
+    status, rows = run(tmp_path, "--dtypes", dtype)
+    assert status == 0
+    for (which, provider), row in rows.items():
+        if provider in ("fastwkv", "loop", "reference"):
+            assert row["status"] == "ok", (which, provider)
+        elif provider == "hf" and dtype == "float64":
+            assert row["status"] == "wrong"  # it computes in float32
+
+
+class Wrong(providers.Loop):
+    """The loop, with one of its results changed."""
+
+    def __init__(self, name: str, result: str, factor: float = 1.01) -> None:
+        self.name, self.result, self.factor = name, result, factor
+
+    def wkv(self, decay, u, k, v, state):
+        if self.result == "gw":
+            decay = decay.detach() + self.factor * (decay - decay.detach())
+        if self.result == "gk":
+            k = k.detach() + self.factor * (k - k.detach())
+        y = super().wkv(decay, u, k, v, state)
+        return y * self.factor if self.result == "y" else y
+
+    def step(self, *arguments):
+        y, (num, den, top) = super().step(*arguments)
+        return y, (num, den * self.factor if self.result == "state" else den, top)
+
+
+@pytest.mark.parametrize(
+    ("result", "which", "worst"),
+    [("y", "forward", "y"), ("gw", "forward+backward", "gw"), ("gk", "backward", "gk"), ("state", "step", "mean")],
+)
+def test_wrong_result_is_reported_and_not_timed(
+    result: str, which: str, worst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(ops.WKV, "loop", Wrong("loop", result))
+    status, rows = run(tmp_path, "--passes", which)
+    assert status == 0
+    row = rows[which, "loop"]
+    assert (row["status"], row["ms"], row["repeats"]) == ("wrong", None, None)
+    assert row["reason"].startswith(f"error of {worst}")
+    assert row["error"] == pytest.approx(0.01, rel=0.5)
+    assert all(rows[which, name]["status"] == "ok" for name in PEERS if name != "loop")
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed
+    assert row["reason"] in printed
+
+
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_wrong_result_of_this_package_ends_with_status_1(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(ops.WKV, "fastwkv", Wrong("fastwkv", "y", factor))
+    status, rows = run(tmp_path, "--passes", "forward")
+    assert status == 1
+    assert rows["forward", "fastwkv"]["status"] == "wrong"
+    assert rows["forward", "loop"]["status"] == "ok"
+    assert "ops.py: fastwkv, forward, float32: wrong" in capsys.readouterr().err
+
+
+def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    class Failing(providers.Loop):
+        def wkv(self, *arguments):
+            raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setitem(ops.WKV, "loop", Failing())
+    monkeypatch.setattr(providers, "not_installed", lambda package: "not installed")
+    status, rows = run(tmp_path, "--passes", "forward")
+    assert status == 0
+    outcome = {name: (row["status"], row["reason"]) for (_, name), row in rows.items()}
+    assert outcome == {
+        "fastwkv": ("ok", None),
+        "hf": ("unavailable", "not installed"),
+        "loop": ("failed", "RuntimeError: no luck"),
+        "reference": ("ok", None),
+        "fla": ("unavailable", "runs on a GPU only"),
+    }
+    printed = capsys.readouterr().out
+    assert "hf: not available, not installed" in printed
+    assert "loop, forward, 2, 8, 5, float32: failed, RuntimeError: no luck" in printed
+
+
+def test_interrupt_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(providers.Reference):
+        def step(self, *arguments):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(ops.WKV, "reference", Interrupting())
+    status, rows = run(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,reference")
+    assert status == 130
+    assert list(rows) == [("forward", "fastwkv"), ("forward", "reference")]
+
+
+def test_of_large_inputs_a_sample_of_channels_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = wkv_inputs.ordinary(2, 8, 5, torch.float32)
+    monkeypatch.setattr(passes, "CHECKED", 32)
+    assert passes.checked_channels(inputs) == slice(None, None, 3)
+    status, rows = run(tmp_path, "--providers", "fastwkv,loop")
+    assert status == 0
+    assert {row["status"] for row in rows.values()} == {"ok"}
+
+
+BAD = {
+    "unknown provider 'tensorflow' (choose from fastwkv, hf, loop, reference, fla)": ["--providers", "hf,tensorflow"],
+    "unknown dtype 'int8' (choose from float32, bfloat16, float16, float64)": ["--dtypes", "int8"],
+    "unknown pass 'sideways'": ["--passes", "sideways"],
+    "unknown device 'abacus' (choose from cpu, cuda, cuda:N)": ["--device", "abacus"],
+    "there is no device 'cuda:99' here": ["--device", "cuda:99"],
+    "expected shapes like 4x1024x768, got '4x0x768'": ["--shapes", "1x1x1,4x0x768"],
+    "expected shapes like 4x1024x768, got 'large'": ["--shapes", "large"],
+    "cannot write into 'file/results': Not a directory": ["--out", "file/results"],
+    "was measured on 'another chip'; choose another folder with --out": ["--device", "cpu", "--out", "taken"],
+    "is not a result of this program": ["--device", "cpu", "--out", "foreign"],
+    "unrecognized arguments: --fast": ["--fast"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_give_one_line_and_status_2(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    contents = {"taken": '{"device": {"name": "another chip"}}', "foreign": "[]"}
+    for folder, text in contents.items():
+        Path(folder).mkdir()
+        Path(folder, "ops.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        ops.main(BAD[message])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert message in printed.err
+    assert printed.err.startswith("ops.py: ")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+    assert not Path("ops.json").exists()
+    assert {folder: Path(folder, "ops.json").read_text() for folder in contents} == contents
+
+
+def test_tasks_take_turns_and_first_runs_do_not_count() -> None:
+    events: list[str] = []
+    cpu = torch.device("cpu")
+    tasks = [
+        timing.Task(lambda _, name=name: events.append(name), cpu, lambda name=name: events.append(f"before {name}"))
+        for name in "ab"
+    ]
+    for task in tasks:
+        task.first = 2 * timing.SLOW
+    finished: list[None] = []
+    timing.measure(tasks, timing.Effort(repeats=2, seconds=0.0, turn=0.0), lambda: finished.append(None))
+    # From the second turn on the task is known to be quick, so that its turn begins with a run that does not count.
+    assert events == ["before a", "a", "before b", "b"] + 2 * ["before a", "a"] + 2 * ["before b", "b"]
+    assert [len(task.seconds) for task in tasks] == [2, 2]
+    assert len(finished) == 2
+
+
+def test_what_takes_very_long_is_measured_once() -> None:
+    task = timing.Task(lambda _: pytest.fail("ran again"), torch.device("cpu"), first=timing.ONCE + 1)
+    timing.measure([task], timing.FULL, lambda: None)
+    assert task.figures()["repeats"] == 1
+    assert task.figures()["ms"] == pytest.approx(1e3 * (timing.ONCE + 1))
+
+
+def test_time_of_preparation_is_not_counted() -> None:
+    task = timing.Task(lambda _: None, torch.device("cpu"), lambda: timing.time.sleep(0.02))
+    assert task.run()[1] < 0.01
+
+
+@pytest.mark.parametrize(("ms", "verdict"), [(70.0, "60, reached"), (59.0, "60, MISSED")])
+def test_table_says_whether_the_target_was_reached(ms: float, verdict: str) -> None:
+    row = {"op": "wkv", "pass": "forward", "dtype": "float32", "B": 1, "T": 1024, "C": 768, "status": "ok"}
+    row |= {"ms_min": 1.0, "quantiles": {"0.1": 1.0, "0.9": 1.0}, "gbps": 1.0, "error": 1e-7, "repeats": 3}
+    rows = [{**row, "provider": "fastwkv", "ms": 1.0}, {**row, "provider": "hf", "ms": ms}]
+    head, _, ours, peer = table.table(rows, "cpu").splitlines()
+    assert len({len(head), len(ours), len(peer)}) == 1
+    assert verdict in peer
+    assert "reached" not in ours
+    assert "60, " not in table.table(rows, "cuda")
