@@ -2,7 +2,8 @@
 
 Every provider's result is first compared with the float64 reference; a wrong one is reported as wrong and not timed.
 The others are then timed by turns in one run, the device synchronised, the first runs not counted (only what takes
-longer than ten seconds is measured once, by the run whose result was compared).
+longer than ten seconds is measured once, by the run whose result was compared). Let the machine do nothing else: how
+many cores other processes used meanwhile is recorded as "other_cores", and more than a tenth is complained about.
 
 GB/s counts compulsory bytes: what has to be read and written if all else stays on the chip. With e bytes an element,
 forward 3e (k, v -> y), backward 5e (k, v, gy -> gk, gv), both 8e, one step 3e and the state read and written.
@@ -37,6 +38,7 @@ except ImportError as error:
 SHAPES = ((1, 1024, 768), (4, 1024, 768))
 QUICK_SHAPES = ((1, 256, 768),)
 WARM_UP = 32  # tokens of a first call, which compiles
+BUSY = 0.1  # cores of other processes
 # ‖error‖/‖reference‖ beyond which a result is wrong: far above rounding, far below any mistake.
 WRONG = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 DEFAULT_PASSES = ("forward", "forward+backward", "step")
@@ -86,6 +88,7 @@ class Run:
     def _run_pass(self, which: str, dtype: str, inputs: Inputs, wanted: dict[str, Tensor], bar: tqdm) -> None:
         case = f"{list(inputs.k.shape)} {dtype}, {which}"
         rows = [self._row(which, dtype, inputs, name) for name in self.args.providers]
+        others = ops_timing.OtherWork()
         tasks: dict[str, Task] = {}
         for row in rows:
             bar.set_description(f"{case}: {row['provider']}")
@@ -96,11 +99,13 @@ class Run:
             bar.update(1 if row["status"] == "ok" else 2)
         bar.set_description(f"{case}: by turns")
         ops_timing.measure(list(tasks.values()), self.effort, bar.update)
+        cores = others.cores()
         for row in rows:
             if row["provider"] in tasks:
                 row |= tasks[row["provider"]].figures()
                 row["gbps"] = compulsory_bytes(which, inputs) / row["ms"] / 1e6
                 row["fraction"] = row["gbps"] / self.about["copy_gbps"]
+                row["other_cores"] = cores
         self.rows += rows
 
     def _check(self, row: dict[str, Any], inputs: Inputs, wanted: dict[str, Tensor], tasks: dict[str, Task]) -> None:
@@ -125,7 +130,9 @@ class Run:
         B, T, C = inputs.k.shape
         T = 1 if which == "step" else T
         row = {"op": "wkv", "pass": which, "dtype": dtype, "B": B, "T": T, "C": C, "provider": provider}
-        row |= dict.fromkeys(("ms", "ms_min", "quantiles", "gbps", "fraction", "error", "errors", "repeats"))
+        row |= dict.fromkeys(
+            ("ms", "ms_min", "quantiles", "gbps", "fraction", "error", "errors", "repeats", "other_cores")
+        )
         return row | {"status": "ok", "reason": None}
 
     def _copies(self, inputs: Inputs) -> int:
@@ -191,6 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
         run.save()
     print(f"\n{table(run.rows, args.device.type)}\n\nwrote {args.out / 'ops.json'}")
+    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
+    if busy > BUSY:
+        print(f"ops.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr)
     bad = [row for row in run.rows if row["provider"] == OURS and row["status"] in ("wrong", "failed")]
     for row in bad:
         print(f"ops.py: {OURS}, {row['pass']}, {row['dtype']}: {row['status']} ({row['reason']})", file=sys.stderr)

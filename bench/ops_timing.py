@@ -1,9 +1,11 @@
 """Timing of several calls by turns, so that whatever else the machine does falls on all of them alike."""
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,36 @@ def measure(tasks: list[Task], effort: Effort, done: Callable[[], Any]) -> None:
     finally:
         if collects:
             gc.enable()
+
+
+class OtherWork:
+    """Cores that other processes keep busy, from one look to the next. None where the system does not tell.
+
+    PyTorch's threads wait for each other within every operation, so that a second busy process can slow a loop of
+    small operations down a hundredfold. Times taken then say nothing.
+    """
+
+    def __init__(self) -> None:
+        """Take the first look."""
+        self.seen = self._look()
+
+    def cores(self) -> float | None:
+        """Return the mean number of cores since the last look."""
+        before, self.seen = self.seen, self._look()
+        if before is None or self.seen is None:
+            return None
+        elapsed, busy, own = (new - old for new, old in zip(self.seen, before, strict=True))
+        return max(0.0, busy - own) / elapsed if elapsed else None
+
+    @staticmethod
+    def _look() -> tuple[float, float, float] | None:
+        try:
+            user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+            ticks = os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return None
+        own = os.times()
+        return time.monotonic(), (user + nice + system + sum(rest)) / ticks, own.user + own.system
 
 
 def copy_bandwidth(device: torch.device) -> float:

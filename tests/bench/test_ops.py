@@ -251,6 +251,25 @@ def test_what_takes_very_long_is_measured_once() -> None:
     assert task.figures()["ms"] == pytest.approx(1e3 * (timing.ONCE + 1))
 
 
+def test_work_of_other_processes_shows() -> None:
+    others = timing.OtherWork()
+    if others.seen is None:
+        pytest.skip("the system does not tell")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        timing.time.sleep(1.0)
+        busy = others.cores()
+        process.kill()
+    assert busy > 0.2
+    assert others.cores() is not None
+
+
+def test_complains_when_other_processes_are_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(ops.ops_timing.OtherWork, "cores", lambda self: 1.5)
+    _, rows = run(tmp_path, "--passes", "forward", "--providers", "fastwkv")
+    assert rows["forward", "fastwkv"]["other_cores"] == 1.5
+    assert "other processes kept up to 1.5 cores busy" in capsys.readouterr().err
+
+
 def test_time_of_preparation_is_not_counted() -> None:
     task = timing.Task(lambda _: None, torch.device("cpu"), lambda: timing.time.sleep(0.02))
     assert task.run()[1] < 0.01
