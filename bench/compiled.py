@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, special functions.
 
 Each kernel is compiled to machine code for the named targets, in every dtype and with the optional arguments that give
-it its variants. Special functions (exponentials, reciprocals, roots) are counted in the main loop, as instructions a
-lane for one token of one channel; in float64 they are made of ordinary arithmetic too. A spill is an error: exit 1.
+it its variants. Instructions, and the special functions among them (exponentials, reciprocals, roots), are counted in
+the main loop, a lane for one token of one channel; in float64 special functions are made of ordinary arithmetic too.
+A spill is an error: exit 1.
 """
 
 import argparse
@@ -36,6 +37,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+SPECIAL = re.compile(r"\bMUFU\.(?:EX2|RCP|RCP64H|RSQ|LG2)|\bv_(?:exp|rcp|rsq|log)_f(?:32|64)")
 STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
 OPTIONAL = {"initial_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "gfinal_ptr", "ginitial_ptr"}
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr"}
@@ -113,7 +115,7 @@ def compile_variant(job: tuple[int, str, str]) -> dict[str, Any]:
     read = _read_hip if TARGETS[target].backend == "hip" else _read_cuda
     block = constants["BLOCK" if "BLOCK" in names else "BLOCK_C"]
     elements = variant.rows * max(1, block // (warps * TARGETS[target].warp_size))  # of the main loop, a lane
-    registers, spilled, special = read(compiled)
+    registers, spilled, loop = read(compiled)
     return {
         "kernel": variant.name,
         "dtype": dtype if variant.streams else acc.replace("fp", "float"),
@@ -121,11 +123,12 @@ def compile_variant(job: tuple[int, str, str]) -> dict[str, Any]:
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
-        "special": special / elements,
+        "instructions": sum(bool(re.match(r"\s*[@A-Za-z]", line)) for line in loop) / elements,
+        "special": sum(bool(SPECIAL.search(line)) for line in loop) / elements,
     }
 
 
-def _read_cuda(compiled: Any) -> tuple[int, int, int]:
+def _read_cuda(compiled: Any) -> tuple[int, int, list[str]]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -143,10 +146,10 @@ def _read_cuda(compiled: Any) -> tuple[int, int, int]:
         jump = re.search(r"BRA\S* (?:\S+, )*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", text)
         if jump and jump[1] and addresses.get(int(jump[1], 16), index) < index:
             loops.append((addresses[int(jump[1], 16)], index))
-    return registers, spilled, _special([text for _, text in lines], loops, r"\bMUFU\.(?:EX2|RCP|RCP64H|RSQ|LG2)")
+    return registers, spilled, _main_loop([text for _, text in lines], loops)
 
 
-def _read_hip(compiled: Any) -> tuple[int, int, int]:
+def _read_hip(compiled: Any) -> tuple[int, int, list[str]]:
     code = compiled.asm["amdgcn"]
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
     spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1])
@@ -157,15 +160,17 @@ def _read_hip(compiled: Any) -> tuple[int, int, int]:
         jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
         if jump and labels.get(jump[1], index) < index:
             loops.append((labels[jump[1]], index))
-    return registers, spilled, _special(lines, loops, r"\bv_(?:exp|rcp|rsq|log)_(?:f32|f64)")
+    return registers, spilled, _main_loop([line.partition(";")[0] for line in lines], loops)
 
 
-def _special(lines: list[str], loops: list[tuple[int, int]], pattern: str) -> int:
-    """Count in the main loop: of those that hold no smaller loop with special functions, the one that has the most."""
-    counts = {loop: sum(bool(re.search(pattern, line)) for line in lines[loop[0] : loop[1] + 1]) for loop in loops}
-    if not any(counts.values()):
-        return sum(bool(re.search(pattern, line)) for line in lines)
-    return max(counts.values())
+def _main_loop(lines: list[str], loops: list[tuple[int, int]]) -> list[str]:
+    """Return the loop with the most special functions; all of a kernel that has no loop."""
+
+    def special(loop: tuple[int, int]) -> int:
+        return sum(bool(SPECIAL.search(line)) for line in lines[loop[0] : loop[1] + 1])
+
+    first, last = max(loops, key=special, default=(0, len(lines) - 1))
+    return lines[first : last + 1]
 
 
 def main() -> None:
@@ -185,13 +190,12 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         rows = list(tqdm(pool.imap(compile_variant, jobs), total=len(jobs), unit=" kernels", disable=None))
 
-    print(f"{'kernel':<18} {'dtype':<9} {'target':<7} {'registers':>9} {'spilled':>8} {'shared':>7} {'special':>8}")
-    print(f"{'':<18} {'':<9} {'':<7} {'':>9} {'bytes':>8} {'bytes':>7} {'a row':>8}")
+    columns = "{:<18} {:<9} {:<7} {:>9} {:>8} {:>7} {:>13} {:>8}"
+    print(columns.format("kernel", "dtype", "target", "registers", "spilled", "shared", "instructions", "special"))
+    print(columns.format("", "", "", "", "bytes", "bytes", "a row", "a row"))
     for row in rows:
-        print(
-            f"{row['kernel']:<18} {row['dtype']:<9} {row['target']:<7} {row['registers']:>9}"
-            f" {row['spilled_bytes']:>8} {row['shared_bytes']:>7} {row['special']:>8.2f}"
-        )
+        counts = f"{row['instructions']:.1f}", f"{row['special']:.2f}"
+        print(columns.format(*list(row.values())[:6], *counts))
     spilling = [row for row in rows if row["spilled_bytes"]]
     if spilling:
         sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")

@@ -5,6 +5,7 @@ import triton.language as tl
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
 TINY = tl.constexpr(1.1754943508222875e-38)  # keeps 0 / 0 away; every other denominator is at least about 1
+LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
 
 
@@ -18,7 +19,8 @@ def load_rate(w_ptr, c, in_c, ACC: tl.constexpr):
 @triton.jit
 def weigh(d):
     """Weights of the past and of the present, whose exponents differ by d, the larger being 1."""
-    e = tl.exp(-tl.abs(d))
+    # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing here would miss.
+    e = tl.exp2(-tl.abs(d) * LOG2_E)
     return tl.where(d >= 0, 1.0, e), tl.where(d >= 0, e, 1.0)
 
 
