@@ -6,15 +6,14 @@ fields as one vector) of the loss Σ gy·y. The reference is a float64 loop unde
 Inputs: "ordinary" are normal keys and values with the decays of a freshly initialised RWKV-4; "adversarial" have k
 uniform within ±60 and w log-uniform from 1e-6 to 20. In bfloat16 k, v and gy are; w, u and the state are float32.
 
-Without a GPU the Triton kernels are interpreted on the CPU. That takes long, so only the others get long sequences; and
-the interpreter cuts numbers off to bfloat16 where a GPU rounds, which doubles the error of everything so stored.
+Without a GPU the Triton kernels are interpreted on the CPU. That takes long, so only the others get long sequences.
 """
 
 import argparse
 import os
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +30,17 @@ try:
     import wkv_inputs
     from command_line import DTYPES, Parser, check_writable, names, positive
     from gen_time_about import about_device, about_software
-    from providers import FastWKV, Fla, FlaInterpreted, HuggingFace, Loop, Provider, interpreted_kernels, not_installed
+    from providers import (
+        FastWKV,
+        Fla,
+        FlaInterpreted,
+        HuggingFace,
+        Loop,
+        Provider,
+        interpreted_kernels,
+        not_installed,
+        rounding_interpreter,
+    )
     from torch import Tensor
     from tqdm import tqdm
 
@@ -86,7 +95,11 @@ def errors(subject: Subject, inputs: wkv_inputs.Inputs, wanted: dict[str, Tensor
     provider, device = subject.provider, subject.device
     tensors = (provider.decay(inputs), inputs.u, inputs.k, inputs.v, *inputs.state)
     decay, u, k, v, *state = (t.detach().to(device, copy=True).requires_grad_() for t in tensors)
-    with interpreted_kernels() if subject.kernels and subject.interpreted else nullcontext():
+    with ExitStack() as stack:
+        if subject.interpreted:
+            stack.enter_context(rounding_interpreter())
+            if subject.kernels:
+                stack.enter_context(interpreted_kernels())
         y = provider.wkv(decay, u, k, v, provider.state(WKVState(*state), k))
         gw, gu, gk, gv, *gstate = torch.autograd.grad(y, (decay, u, k, v, *state), inputs.gy.to(y))
     gw = provider.gradient_of_w(gw.cpu(), inputs.w)

@@ -199,6 +199,27 @@ def interpreted_kernels() -> Iterator[None]:
         override._destroy()
 
 
+@contextmanager
+def rounding_interpreter() -> Iterator[None]:
+    """Have Triton's interpreter round float32 to bfloat16 as every GPU does. By itself it cuts the digits off."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def rounded(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (language.float32, language.bfloat16):
+            return cast(self, source, target)
+        bits = torch.tensor(source.data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(bits, target.scalar)
+
+    builder.cast_impl = rounded
+    try:
+        yield
+    finally:
+        builder.cast_impl = cast
+
+
 def not_installed(package: str) -> str | None:
     """Return why a package cannot be used, None if it is there."""
     return None if importlib.util.find_spec(package) else "not installed"

@@ -73,6 +73,7 @@ def test_command_line_holds_the_bounds_and_prints_tables(tmp_path: Path) -> None
             bounds = dict.fromkeys(RESULTS, other) | {"y": y, "gw": gw}
             if row["dtype"] == "bfloat16":
                 bounds |= dict.fromkeys(("y", "gk", "gv"), 4e-3)
+                assert row["errors"]["y"] < 2.5e-3  # rounded, not cut off
             assert row["bounds"] == bounds
             assert all(row["errors"][name] <= bounds[name] for name in RESULTS), row
 
@@ -113,6 +114,25 @@ def test_missing_and_failing_peers_have_rows(tmp_path: Path, monkeypatch: pytest
     printed = capsys.readouterr().out
     assert "PyTorch loop (CPU): RuntimeError: no luck" in printed
     assert ": not installed" in printed
+
+
+def test_interpreter_rounds_to_bfloat16() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here")
+    triton = pytest.importorskip("triton")
+    tl = triton.language
+
+    @triton.jit
+    def copy(x_ptr, y_ptr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+    x = torch.randn(4096) * torch.exp(20 * torch.randn(4096))
+    x[:6] = torch.tensor((0.0, -0.0, torch.inf, -torch.inf, 1.99999, 1 + 2**-8))
+    y = torch.empty(4096, dtype=torch.bfloat16)
+    with providers.rounding_interpreter():
+        copy[(1,)](x, y, N=4096)
+    assert torch.equal(y, x.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "adversarial"])
