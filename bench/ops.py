@@ -5,6 +5,9 @@ The others are then timed by turns in one run, the device synchronised, the firs
 longer than ten seconds is measured once, by the run whose result was compared). Let the machine do nothing else: how
 many cores other processes used meanwhile is recorded as "other_cores", and more than a tenth is complained about.
 
+What allocates much is slow as long as the system has to find the memory: the first run ("ms_first") of Hugging Face's
+backward pass, which fills and adds tensors of full size at every token, can take ten times as long as a later one.
+
 GB/s counts compulsory bytes: what has to be read and written if all else stays on the chip. With e bytes an element,
 forward 3e (k, v -> y), backward 5e (k, v, gy -> gk, gv), both 8e, one step 3e and the state read and written.
 """
@@ -23,8 +26,8 @@ try:
     import result_file
     import torch
     import wkv_inputs
+    from about import about_device, about_software
     from command_line import DTYPES, Parser, check_writable, device, names
-    from gen_time_about import about_device, about_software
     from ops_passes import PASSES, checked_channels, compulsory_bytes, errors, task
     from ops_table import OURS, table
     from ops_timing import Task
@@ -131,7 +134,7 @@ class Run:
         T = 1 if which == "step" else T
         row = {"op": "wkv", "pass": which, "dtype": dtype, "B": B, "T": T, "C": C, "provider": provider}
         row |= dict.fromkeys(
-            ("ms", "ms_min", "quantiles", "gbps", "fraction", "error", "errors", "repeats", "other_cores")
+            ("ms", "ms_min", "quantiles", "ms_first", "gbps", "fraction", "error", "errors", "repeats", "other_cores")
         )
         return row | {"status": "ok", "reason": None}
 

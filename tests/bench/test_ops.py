@@ -79,6 +79,7 @@ def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
         assert 0 < row["error"] < 1e-5
         assert row["error"] == max(row["errors"].values())
         assert row["repeats"] >= 2
+        assert row["ms_first"] > 0
         assert row["ms_min"] <= row["quantiles"]["0.1"] <= row["quantiles"]["0.25"] <= row["ms"]
         assert row["ms"] <= row["quantiles"]["0.75"] <= row["quantiles"]["0.9"]
         floats = {"forward": 3, "backward": 5, "forward+backward": 8, "step": 9}[row["pass"]]
