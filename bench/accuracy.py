@@ -28,8 +28,8 @@ if not GPU:
 try:
     import result_file
     import wkv_inputs
+    from about import about_device, about_software
     from command_line import DTYPES, Parser, check_writable, names, positive
-    from gen_time_about import about_device, about_software
     from providers import (
         FastWKV,
         Fla,

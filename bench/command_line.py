@@ -1,4 +1,4 @@
-"""What the command lines of ops.py and accuracy.py share. Whatever is wrong: one line and status 2."""
+"""What the command lines of the benchmarks share. Whatever is wrong: one line and status 2."""
 
 import argparse
 import tempfile
@@ -55,6 +55,7 @@ def device(name: str | None, parser: Parser) -> torch.device:
         return torch.device("cpu")
     if (found.index or 0) >= count:
         parser.error(f"there is no device {name!r} here: PyTorch sees {count} GPUs")
+    torch.cuda.set_device(found.index or 0)
     return torch.device("cuda", found.index or 0)
 
 

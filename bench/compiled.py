@@ -6,7 +6,6 @@ the main loop, a lane for one token of one channel; in float64 special functions
 A spill is an error: exit 1.
 """
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -21,6 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 
 try:
     import triton
+    from command_line import Parser, names, positive
     from tqdm import tqdm
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -174,10 +174,11 @@ def _main_loop(lines: list[str], loops: list[tuple[int, int]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: %(default)s)")
+    parser = Parser(prog="compiled.py", description=__doc__.split("\n\n")[0])
+    option = parser.add_argument
+    option("--targets", type=names("target", TARGETS), default=list(TARGETS), metavar="LIST", help=", ".join(TARGETS))
+    option("--dtypes", type=names("dtype", DTYPES), default=list(DTYPES), metavar="LIST", help=", ".join(DTYPES))
+    option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
     args = parser.parse_args()
     jobs = [
         (index, dtype, target)

@@ -31,7 +31,7 @@ try:
     import gen_time_figure as figure
     import gen_time_models as models
     import torch
-    from gen_time_about import about_device, about_software
+    from about import about_device, about_software
     from gen_time_options import parse
     from gen_time_series import FIT, PASSES, Series, measure, table
     from tqdm import tqdm
