@@ -5,8 +5,9 @@ The others are then timed by turns in one run, the device synchronised, the firs
 longer than ten seconds is measured once, by the run whose result was compared). Let the machine do nothing else: how
 many cores other processes used meanwhile is recorded as "other_cores", and more than a tenth is complained about.
 
-What allocates much is slow as long as the system has to find the memory: the first run ("ms_first") of Hugging Face's
-backward pass, which fills and adds tensors of full size at every token, can take ten times as long as a later one.
+Times of Hugging Face's backward pass, which makes and adds tensors of full size at every token, depend on whether the
+process already has that memory: here it does, from the comparison with the reference. By itself, in a fresh process,
+it takes several times as long. What the first run of each took is recorded as "ms_first".
 
 GB/s counts compulsory bytes: what has to be read and written if all else stays on the chip. With e bytes an element,
 forward 3e (k, v -> y), backward 5e (k, v, gy -> gk, gv), both 8e, one step 3e and the state read and written.
