@@ -29,6 +29,7 @@ def launch_for(k: Tensor, acc: torch.dtype) -> WKVLaunch:
 
 def packed_edges(cu_seqlens: Tensor, T: int) -> Tensor:
     """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it."""
+    cu_seqlens = cu_seqlens.contiguous()
     tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
     # Offsets on a GPU are not checked: whatever they are, no sequence beyond the last is read or written.

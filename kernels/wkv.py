@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges
-from fastwkv.kernels.wkv_state import NO_PAST, TINY, absorb, enter, load_rate, load_state, store_aged, weigh
+from fastwkv.kernels.wkv_state import NO_PAST, absorb, enter, load_rate, load_state, ratio, store_aged, weigh
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def fwd_block(
             d = tl.fma(-age, w, anchor - k)
             if y_ptr is not None:
                 past, now = weigh(d - u)
-                y = (past * num + now * v) / tl.maximum(past * den + now, TINY)
+                y = ratio(past * num + now * v, past * den + now)
                 tl.store(y_ptr + offset + i * C, y, mask=in_c)
             num, den, anchor, age = absorb(num, den, anchor, age, d, w, v, 1.0, k, 1.0)
             if (edge_ptr is not None) and (y_ptr is not None):

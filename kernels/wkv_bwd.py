@@ -8,12 +8,12 @@ from torch import Tensor
 from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, WKVLaunch
 from fastwkv.kernels.launch import launch_for, packed_edges
 from fastwkv.kernels.wkv import before, fwd_block
-from fastwkv.kernels.wkv_state import absorb, enter, load_rate, load_state, weigh
+from fastwkv.kernels.wkv_state import absorb, enter, load_rate, load_state, tiny, weigh
 
 
 @triton.jit
 def _or_one(den):
-    return tl.where(den == 0, 1.0, den)
+    return tl.where(den < tiny(den), 1.0, den)
 
 
 @triton.jit
@@ -54,13 +54,13 @@ def _recompute(
                 mean = num / _or_one(den)
         # Without an initial state nothing is asked of an empty past, and den = 0 does no harm.
         den_past = den if initial_ptr is None else _or_one(den)
-        not_empty = not_empty + (den != 0,)
+        not_empty = not_empty + (den >= tiny(den),)
         delta = vs[i] - mean
         d = tl.fma(-age, w, anchor - ks[i])
 
         past, now = weigh(d - u)
         total = past * den + now
-        inverse = tl.where(total == 0, 0.0, 1.0 / total)
+        inverse = tl.where(total < tiny(total), 0.0, 1.0 / total)
         s = now * inverse
         gy_past = gys[i] * (past * den_past * inverse)
         alphas = alphas + (gy_past * s * delta,)
@@ -288,5 +288,5 @@ def wkv_bwd(
         _wkv_bwd_kernel[grid](
             *inputs, carry, gk, gv, gwu, None if initial is None else ginitial, N, T, launch.chunk, **rows, **options
         )
-        gw, gu = gwu.sum(1)
+        gw, gu = (terms.sum(0) for terms in gwu)  # each in a storage of its own
     return gw.to(w.dtype), gu.to(u.dtype), gk, gv, ginitial

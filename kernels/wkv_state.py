@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
-TINY = tl.constexpr(1.1754943508222875e-38)  # keeps 0 / 0 away; every other denominator is at least about 1
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
 
@@ -22,6 +21,19 @@ def weigh(d):
     # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing here would miss.
     e = tl.exp2(-tl.abs(d) * LOG2_E)
     return tl.where(d >= 0, 1.0, e), tl.where(d >= 0, e, 1.0)
+
+
+@triton.jit
+def tiny(x):
+    """The smallest normal number: a sum of weights below it has lost its digits, and counts as none."""
+    TINY: tl.constexpr = 2.2250738585072014e-308 if x.dtype == tl.float64 else 1.1754943508222875e-38
+    return tl.full(x.shape, TINY, x.dtype)
+
+
+@triton.jit
+def ratio(num, den):
+    """Return num / den, 0 where there is no weight; a NaN in either stays one."""
+    return num / tl.where(den <= tiny(den), tiny(den), den)
 
 
 @triton.jit
@@ -43,11 +55,18 @@ def two_sum(a, b):
 
 
 @triton.jit
+def weightless(num, den, p):
+    """Make an empty state of one whose exponent is -inf, whatever its sums."""
+    gone = p == -float("inf")
+    return tl.where(gone, 0.0, num), tl.where(gone, 0.0, den), tl.where(gone, NO_PAST, p)
+
+
+@triton.jit
 def load_state(ptr, field, mask):
     num = tl.load(ptr, mask=mask, other=0.0)
     den = tl.load(ptr + field, mask=mask, other=0.0)
     p = tl.load(ptr + 2 * field, mask=mask, other=0.0)
-    return num, den, tl.where(p == -float("inf"), NO_PAST, p)
+    return weightless(num, den, p)
 
 
 @triton.jit
@@ -56,9 +75,10 @@ def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
     p, error = two_sum(anchor, -decay)
     error -= decay_low
     fold = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0)  # error is NaN where p overflowed to -inf
-    tl.store(ptr, num * fold, mask=mask)
-    tl.store(ptr + field, den * fold, mask=mask)
-    tl.store(ptr + 2 * field, tl.where(p <= 0.9 * NO_PAST, -float("inf"), p), mask=mask)
+    gone = p <= 0.9 * NO_PAST
+    tl.store(ptr, tl.where(gone, 0.0, num * fold), mask=mask)
+    tl.store(ptr + field, tl.where(gone, 0.0, den * fold), mask=mask)
+    tl.store(ptr + 2 * field, tl.where(gone, -float("inf"), p), mask=mask)
 
 
 @triton.jit

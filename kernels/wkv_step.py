@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.config import FP_FUSION
-from fastwkv.kernels.wkv_state import NO_PAST, TINY, load_rate, two_sum
+from fastwkv.kernels.wkv_state import NO_PAST, load_rate, ratio, two_sum, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
 REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27
 FINE = tl.constexpr(2.0**-7)  # a smaller max stays: half a unit in its last place, 8192 times, is 2e-6
+MODERATE = tl.constexpr(1e6)  # larger values would overflow where tokens are added with weights up to e^64
 LARGEST = tl.constexpr(1e30)  # bounds of what is moved, far enough from overflow for the next tokens
 SMALLEST = tl.constexpr(1e-30)
 
@@ -25,7 +26,7 @@ SMALLEST = tl.constexpr(1e-30)
 @triton.jit
 def _add(num, den, d, d_low, v):
     """Add a token to the past, d + d_low heavier than it. Returns the sums and whether the past keeps its scale."""
-    near = d >= -REACH
+    near = (d >= 0) | ((d >= -REACH) & (tl.abs(v) < MODERATE))
     d = tl.where(near, -d, d)
     e = tl.exp(d)
     d_low = tl.where(tl.abs(d_low) < 1, d_low, 0.0)  # NaN where infinities met
@@ -61,12 +62,12 @@ def _wkv_step_kernel(
     num = tl.load(num_ptr + i, mask=inside, other=0.0)
     den = tl.load(den_ptr + i, mask=inside, other=0.0)
     p = tl.load(max_ptr + i, mask=inside, other=0.0)
-    p = tl.where(p == -float("inf"), NO_PAST, p)
+    num, den, p = weightless(num, den, p)
 
     gap, gap_low = two_sum(p, -k)
     d, d_low = two_sum(gap, -u)
     y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
-    tl.store(y_ptr + i, y_num / tl.maximum(y_den, TINY), mask=inside)
+    tl.store(y_ptr + i, ratio(y_num, y_den), mask=inside)
 
     d, d_low = two_sum(gap, -w)
     num, den, near = _add(num, den, d, gap_low + d_low, v)
@@ -81,9 +82,10 @@ def _wkv_step_kernel(
     moves = (den * factor < LARGEST) & (den * factor > SMALLEST) & (tl.abs(num * factor) < LARGEST)
     factor = tl.where(moves, factor, 1.0)
     p = tl.where(moves, p - shift, p)
-    tl.store(state_ptr + i, num * factor, mask=inside)
-    tl.store(state_ptr + size + i, den * factor, mask=inside)
-    tl.store(state_ptr + 2 * size.to(tl.int64) + i, tl.where(p <= 0.9 * NO_PAST, -float("inf"), p), mask=inside)
+    gone = p <= 0.9 * NO_PAST
+    tl.store(state_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)
+    tl.store(state_ptr + size + i, tl.where(gone, 0.0, den * factor), mask=inside)
+    tl.store(state_ptr + 2 * size.to(tl.int64) + i, tl.where(gone, -float("inf"), p), mask=inside)
 
 
 def wkv_step(

@@ -100,7 +100,7 @@ def wkv(
     k, v = k.contiguous(), v.contiguous()
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if _differentiated(inputs):
         y, final, _ = WKV.apply(w, u, k, v, packed, cu_seqlens)  # type: ignore[no-untyped-call]
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
@@ -126,7 +126,7 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
     checks.check_shape("C", (C,), w=w, u=u)
     checks.check_dtype(k_t.dtype, "like k_t", v_t=v_t)
     _check_state(state, "B C", B, w, u, k_t, v_t)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (w, u, k_t, v_t, *state)):
+    if _differentiated([w, u, k_t, v_t, *state]):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
         return y[:, 0], final
     k_t, v_t, num, den, scale = (t.contiguous() for t in (k_t, v_t, *state))
@@ -156,15 +156,41 @@ class WKV(torch.autograd.Function):
         ctx.save_for_backward(*inputs, final, checkpoints)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Run the adjoint recurrence over the saved inputs."""
         w, u, k, v, initial, cu_seqlens, final, checkpoints = ctx.saved_tensors
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)
+        # With grad mode on, somebody is going to differentiate the result.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        adjoint = _Adjoint.apply if again else torch.ops.fastwkv.wkv_bwd
+        results = adjoint(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)  # type: ignore[no-untyped-call]
+        gw, gu, gk, gv, ginitial = results
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
+
+
+class _Adjoint(torch.autograd.Function):
+    """The backward pass as something that could be differentiated again, and says that it cannot."""
+
+    @staticmethod
+    def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return torch.ops.fastwkv.wkv_bwd(*inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
+
+
+def _differentiated(inputs: list[Tensor]) -> bool:
+    """Whether a derivative may be asked for. In forward mode, which is not supported, WKV says so."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return True
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 # The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go
@@ -186,7 +212,7 @@ def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
 
 
 def _or_one(den: Tensor) -> Tensor:
-    return torch.where(den == 0, 1, den)  # as the kernels count an empty state
+    return torch.where(den < torch.finfo(den.dtype).tiny, 1, den)  # as the kernels count an empty state
 
 
 def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:

@@ -20,8 +20,19 @@ PIECES_PER_THREAD = 2
 
 
 def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
-    """Return where the sequences of one batch row begin and end."""
-    return np.array((0, T)) if cu_seqlens is None else cu_seqlens.to(torch.int64).numpy()
+    """Return where the sequences of one batch row begin and end.
+
+    Raises:
+        ValueError: ``cu_seqlens`` does not increase from 0 to T. The kernels would leave their memory; a compiled or
+            exported call comes here without the checks of the public function.
+
+    """
+    if cu_seqlens is None:
+        return np.array((0, T))
+    bounds = cu_seqlens.to(torch.int64).numpy()
+    if bounds[0] != 0 or bounds[-1] != T or (np.diff(bounds) <= 0).any():
+        raise ValueError(f"cu_seqlens must increase from 0 to T = {T}")
+    return bounds
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:

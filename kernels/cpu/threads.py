@@ -99,7 +99,22 @@ def parallel(function: Callable[[int], None], pieces: int, threads: int | None =
         return
     job = _Job(function, pieces)
     _pool.submit(job, threads - 1)
-    job.work()
-    job.done.acquire()
+    try:
+        job.work()
+    finally:
+        _wait(job)
     if job.error is not None:
         raise job.error
+
+
+def _wait(job: _Job) -> None:
+    # Even an interrupt waits for the pieces that have begun: they write to memory that the caller would free.
+    interrupt = None
+    while True:
+        try:
+            job.done.acquire()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -6,7 +6,6 @@ from fastwkv.kernels.cpu.numerics import inlined, load, splat, store
 from fastwkv.kernels.cpu.vectors import absolute, fma, select
 
 LOWEST = float(np.finfo(np.float32).min)
-TINY = float(np.finfo(np.float32).tiny)
 # |w| above this is taken for this, so that age * w stays finite: e^{-w} is 0 (or infinite) all the same.
 STEEPEST = 1e29
 
@@ -38,8 +37,8 @@ def add(heavier, E, num, den, v):
 
 @inlined
 def ratio(num, den):
-    """Return num / den, and 0 where nothing has any weight; a NaN in either of them comes through num."""
-    return num / select(den > TINY, den, TINY)
+    """Return num / den, and 0 where nothing has any weight; a NaN in either stays one."""
+    return num / select(den == 0.0, 1.0, den)
 
 
 @inlined

@@ -19,6 +19,8 @@ from fastwkv.kernels.cpu.wkv_state import add, load_state, load_w, locate, ratio
 
 # Scales are moved, and tokens heavier than the past added to it, up to e^64 = 6e27.
 REACH = 64.0
+# Larger values would overflow where tokens are added with weights up to e^64.
+MODERATE = 1e6
 # A max below this stays as it is: half a unit in its last place, 8192 times, is 2e-6.
 FINE = 2.0**-7
 # Bounds of what is moved, far enough from overflow for the next tokens.
@@ -36,9 +38,9 @@ def _difference(a, b):
 
 
 @inlined
-def _weight(d, low):
+def _weight(d, low, v):
     """Return whether the past keeps its scale, and the weight of the token, or else of the past."""
-    near = d >= -REACH
+    near = select(absolute(v) < MODERATE, d, select(d >= 0.0, d, -2.0 * REACH)) >= -REACH
     E = exp(select(near, 0.0 - d, d))
     return near, fma(E, select(near, 0.0 - low, low), E)
 
@@ -74,12 +76,12 @@ def _wkv_step_kernel(
             num, den, scale = load_state(num_ptr, den_ptr, max_ptr, index, sums)
             gap, gap_low = _difference(scale, k)
             d, low = _difference(gap, u)
-            near, E = _weight(d, gap_low + low)
+            near, E = _weight(d, gap_low + low, v)
             a, b = add(near, E, num, den, v)
             store(y_ptr, index, ratio(a, b), storage)
 
             d, low = _difference(gap, w)
-            near, E = _weight(d, gap_low + low)
+            near, E = _weight(d, gap_low + low, v)
             num, den = add(near, E, num, den, v)
             one = splat(1.0, sums)
             num, den, scale = rounded(num, den, select(near, scale, k), select(near, one, 0.0), 0.0 - w)

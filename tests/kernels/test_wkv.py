@@ -19,16 +19,16 @@ from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch, wkv_launch
 REPOSITORY = Path(__file__).parents[2]
 
 
-def launch(context, case, place=lambda t: t, **options):
+def launch(context, case, place=lambda t: t, final=True, **options):
     """Run forward and backward through the launchers; gradients are those of y, of random cotangent."""
     w, u, k, v, state, cu = case.arguments(context.device)
     inputs = [place(t.detach()) for t in (w, u, k, v)]
     packed = None if state is None else place(torch.stack(tuple(state)).detach())
     gy = place(torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(k))
-    y, final, checkpoints = context.launcher("wkv_fwd")(*inputs, packed, cu, True, **options)
-    gfinal = place(torch.zeros_like(final[:2]) + 1)
+    y, state_after, checkpoints = context.launcher("wkv_fwd")(*inputs, packed, cu, True, **options)
+    gfinal = place(torch.zeros_like(state_after[:2]) + 1) if final else None
     gradients = context.launcher("wkv_bwd")(*inputs, packed, cu, checkpoints, gy, gfinal, **options)
-    return [y, final, checkpoints, *gradients]
+    return [y, state_after, checkpoints, *gradients]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -85,6 +85,20 @@ def test_chunks_along_time_change_nothing(case, blocks, block_c):
         if index in (1, 2):  # states: their scale is free
             continue
         assert relative_error(result, wanted, floor=1.0) <= (output if index == 0 else gradient), index
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [16, 16, 32, 20], [100, 60]])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, final):
+    case = make_case(5, 1, 0, 3, dtype=torch.float64, lengths=lengths, state=state, rates=(1e-6, 1e-3))
+    with Implementation("triton") as context:
+        results = []
+        for chunk in (CHECKPOINT_ROWS, 16 * CHECKPOINT_ROWS):
+            results.append(launch(context, case, final=final, launch=WKVLaunch(4, 1, chunk)))
+    for index, (result, wanted) in enumerate(zip(*results, strict=True)):
+        if index not in (1, 2):
+            assert relative_error(result, wanted, floor=1.0) <= 1e-12, index
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 16])
