@@ -4,7 +4,8 @@ A kernel that carries its state in such vectors keeps it in registers for as lon
 leave that to LLVM's loop vectoriser, which gives up on loops that carry state or write several arrays.
 
 Nothing here is compiled with fast-math flags: every fused multiply-add is written as ``fma``, so that sums are exactly
-the sums that are written, infinities and NaN mean what IEEE 754 says, and two builds give the same bits.
+the sums that are written, infinities and NaN mean what IEEE 754 says, and two runs on machines of one kind give the
+same bits.
 """
 
 import operator
