@@ -11,6 +11,12 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def scan_dtypes(a: torch.dtype, x: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the output h and of the states of a linear scan; 16 bits accumulate in float32."""
+    h = torch.promote_types(a, x)
+    return h, torch.promote_types(h, torch.float32)
+
+
 def checkpoint_shape(B: int, T: int, C: int) -> tuple[int, int, int]:
     """Shape of WKV's checkpoints: num, den, max before every CHECKPOINT_ROWS-th token, one below the other.
 
@@ -27,12 +33,16 @@ def launch_for(k: Tensor, acc: torch.dtype) -> WKVLaunch:
     return wkv_launch(B, T, C, multiprocessors, acc.itemsize)
 
 
-def packed_edges(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it."""
+def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
+    """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it.
+
+    With ``reverse`` a sequence starts at its last token.
+    """
     cu_seqlens = cu_seqlens.contiguous()
     tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
     # Offsets on a GPU are not checked: whatever they are, no sequence beyond the last is read or written.
     sequence.clamp_(max=cu_seqlens.shape[0] - 2)
     changes = torch.nn.functional.pad(sequence.diff() != 0, (1, 1), value=True).int()
-    return 4 * sequence + 2 * changes[1:] + changes[:-1]
+    starts, ends = (changes[1:], changes[:-1]) if reverse else (changes[:-1], changes[1:])
+    return 4 * sequence + 2 * ends + starts

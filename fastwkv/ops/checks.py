@@ -6,15 +6,26 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
 
 
 def check_floating(**tensors: Tensor) -> None:
     """Each argument is a real floating-point tensor, all on one device."""
+    _check_dtype_among(FLOATING, tensors)
+
+
+def check_floating_or_complex(**tensors: Tensor) -> None:
+    """Each argument is a real or complex floating-point tensor, all on one device."""
+    _check_dtype_among((*FLOATING, *COMPLEX), tensors)
+
+
+def _check_dtype_among(dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tensor]) -> None:
+    *most, last = map(_short, dtypes)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(tensor.dtype)}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {_short(tensor.dtype)}")
     check_device(**tensors)
 
 

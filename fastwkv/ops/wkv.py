@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 from fastwkv.ops import checks
+from fastwkv.ops.derivatives import differentiated, differentiated_again
 from fastwkv.ops.library import register
 from fastwkv.reference.wkv import WKVState
 
@@ -100,7 +101,7 @@ def wkv(
     k, v = k.contiguous(), v.contiguous()
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
-    if _differentiated(inputs):
+    if differentiated(inputs):
         y, final, _ = WKV.apply(w, u, k, v, packed, cu_seqlens)  # type: ignore[no-untyped-call]
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
@@ -126,7 +127,7 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
     checks.check_shape("C", (C,), w=w, u=u)
     checks.check_dtype(k_t.dtype, "like k_t", v_t=v_t)
     _check_state(state, "B C", B, w, u, k_t, v_t)
-    if _differentiated([w, u, k_t, v_t, *state]):
+    if differentiated([w, u, k_t, v_t, *state]):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
         return y[:, 0], final
     k_t, v_t, num, den, scale = (t.contiguous() for t in (k_t, v_t, *state))
@@ -162,9 +163,7 @@ class WKV(torch.autograd.Function):
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        # With grad mode on, somebody is going to differentiate the result.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        adjoint = _Adjoint.apply if again else torch.ops.fastwkv.wkv_bwd
+        adjoint = _Adjoint.apply if differentiated_again() else torch.ops.fastwkv.wkv_bwd
         results = adjoint(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)  # type: ignore[no-untyped-call]
         gw, gu, gk, gv, ginitial = results
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
@@ -184,13 +183,6 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
-
-
-def _differentiated(inputs: list[Tensor]) -> bool:
-    """Whether a derivative may be asked for. In forward mode, which is not supported, WKV says so."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 # The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go

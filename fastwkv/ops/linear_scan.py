@@ -1,0 +1,297 @@
+"""The diagonal linear recurrence: the public function, its autograd and its registration."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastwkv.kernels.launch import packed_edges, scan_dtypes
+from fastwkv.ops import checks
+from fastwkv.ops.derivatives import differentiated, differentiated_again
+from fastwkv.ops.library import register
+
+
+@overload
+def linear_scan(
+    a: Tensor | None,
+    x: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    log_a: Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_scan(
+    a: Tensor | None,
+    x: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    log_a: Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_scan(
+    a: Tensor | None,
+    x: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    log_a: Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The diagonal linear recurrence, real or complex.
+
+    Per channel, for t = 0 ... T-1, with h_{-1} the initial state::
+
+        h_t = a_t h_{t-1} + x_t
+
+    States are float32 for 16-bit and float32 results, of the dtype of the result otherwise. Any a is legal; where
+    |a| > 1 the result grows as the formula says. Two runs give the same bits. Gradients of every order reach a (or
+    log_a), x and the initial state, from h and from the final state, in reverse and in forward mode. With a complex a
+    they follow PyTorch's convention (the gradient is that of the conjugate), and a real x gets the real part.
+
+    Args:
+        a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None if ``log_a`` is
+            given.
+        x: ``[B, T, C]``. T and C need not be multiples of anything.
+        initial_state: h before the first token (with ``reverse``: after the last); zero if None. One row a sequence:
+            ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
+        log_a: the multiplier as ``a = exp(log_a)``, for gates that are computed so: 16 bits tell 0.999 from 1 in log a
+            but not in a. -inf makes a = 0. The shapes are those of ``a``.
+        reverse: run from the last token to the first: ``h_t = a_t h_{t+1} + x_t``.
+        return_state: return the state after the last token of every sequence too (with ``reverse``: after the first).
+        cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
+            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``.
+
+    a and x may each be float32, float64, bfloat16, float16, complex64 or complex128. An ``a`` near 1 needs float32,
+    beside an x of 16 bits too.
+
+    Returns:
+        h ``[B, T, C]`` of the dtype ``torch.promote_types(a.dtype, x.dtype)``; with ``return_state`` also the final
+        state.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that is not listed here; or not one of a and log_a is given.
+        ValueError: a shape, device or offset does not fit the others.
+
+    Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, section 3.2.
+
+    """
+    name, a, log = _multiplier("a", a, log_a)
+    checks.check_floating_or_complex(**{name: a}, x=x)
+    checks.check_rank("B T C", x=x)
+    B, T, C = x.shape
+    dims, shape = ("C", (C,)) if a.dim() == 1 else ("B T C", (B, T, C))
+    checks.check_shape(dims, shape, **{name: a})
+    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, B, T)
+        checks.check_device(x=x, cu_seqlens=cu_seqlens)
+    if initial_state is not None:
+        dims, rows = ("B C", B) if cu_seqlens is None else ("N C", cu_seqlens.numel() - 1)
+        _check_state("initial_state", initial_state, dims, (rows, C), state_dtype, x)
+
+    if dtype.is_complex:
+        # The kernels know a complex multiplier as itself only, and beside it nothing real.
+        a, log = (a.exp() if log else a), False
+        a, x = a.to(dtype), x.to(dtype)
+    a, x, initial = _plain(a), _plain(x), None if initial_state is None else _plain(initial_state)
+    inputs = [a, x] if initial is None else [a, x, initial]
+    scan = LinearScan.apply if differentiated(inputs) else torch.ops.fastwkv.linear_scan_fwd
+    h, final = scan(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-untyped-call]
+    return (h, final) if return_state else h
+
+
+def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: Tensor | None = None) -> Tensor:
+    """One token of :func:`linear_scan`: ``h_t = a_t h_{t-1} + x_t``.
+
+    Args:
+        a_t: ``[C]`` or ``[B, C]``, the multiplier of this token. None if ``log_a`` is given.
+        x_t: ``[B, C]``.
+        state: h_{t-1}, ``[B, C]``, of the dtype of :func:`linear_scan`'s states.
+        log_a: ``[C]`` or ``[B, C]``, the multiplier as ``a_t = exp(log_a)``.
+
+    Returns:
+        h_t ``[B, C]``, of the dtype of the state: it is the next one, and does not round to 16 bits.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_scan`.
+
+    """
+    name, a, log = _multiplier("a_t", a_t, log_a)
+    checks.check_floating_or_complex(**{name: a}, x_t=x_t)
+    checks.check_rank("B C", x_t=x_t)
+    B, C = x_t.shape
+    dims, shape = ("C", (C,)) if a.dim() == 1 else ("B C", (B, C))
+    checks.check_shape(dims, shape, **{name: a})
+    dtype, state_dtype = scan_dtypes(a.dtype, x_t.dtype)
+    _check_state("state", state, "B C", (B, C), state_dtype, x_t)
+    if differentiated([a, x_t, state]):
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        return torch.addcmul(x_t.to(state_dtype), (a.exp() if log else a).to(state_dtype), state)
+    if dtype.is_complex:
+        a, log = (a.exp() if log else a), False
+        a, x_t = a.to(dtype), x_t.to(dtype)
+    return torch.ops.fastwkv.linear_scan_step(_plain(a), _plain(x_t), _plain(state), log)  # type: ignore[no-any-return]
+
+
+class LinearScan(torch.autograd.Function):
+    """The linear scan under autograd; kernels/linear_scan.py holds the adjoint.
+
+    What is kept for the backward pass are a, the initial state and the result h.
+    """
+
+    @staticmethod
+    def forward(
+        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute h and the final state."""
+        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep a, the initial state and h, nothing else."""
+        a, x, initial, cu_seqlens, ctx.log, ctx.reverse = inputs
+        ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, initial, cu_seqlens, output[0])
+        ctx.save_for_forward(a, initial, cu_seqlens, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run the adjoint recurrence, in the other direction of time."""
+        a, initial, cu_seqlens, h = ctx.saved_tensors
+        gh = torch.zeros_like(h) if gh is None else _plain(gh)
+        gfinal = None if gfinal is None else _plain(gfinal)
+        if differentiated_again():
+            composed = _Composed(a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
+            ga, gx, ginitial = composed.backward(gh, gfinal)
+            return ga, gx.to(ctx.dtype), ginitial, None, None, None
+        ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
+            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype
+        )
+        return ga, gx, None if initial is None else ginitial, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
+        """Run the tangent recurrence, which is the same with another input."""
+        a, initial, cu_seqlens, h = ctx.saved_tensors
+        return _Composed(a, h, initial, cu_seqlens, ctx.log, ctx.reverse).forward(da, dx, dinitial)
+
+
+class _Composed:
+    """The derivatives of the linear scan as linear scans, which can be differentiated themselves."""
+
+    def __init__(
+        self, a: Tensor, h: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+    ) -> None:
+        state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
+        self.dtype, self.of_a = h.dtype, a
+        self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
+        self.a = a.to(state_dtype).exp() if log else a.to(state_dtype)
+        B, T, _ = h.shape
+        self.rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        edges = packed_edges(torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens, T, reverse)
+        self.first, self.last = (edges & 1) != 0, (edges & 2) != 0  # of the sequences, in the order of the scan
+        self.sequence = edges >> 2
+        self.initial = initial
+        before = h.to(state_dtype).roll(-1 if reverse else 1, 1)
+        self.h_before = torch.where(self.first[:, None], 0 if initial is None else self._at_tokens(initial), before)
+
+    def backward(self, gh: Tensor, gfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of a, x and the initial state."""
+        a = self.a.expand(self.h_before.shape).conj()
+        after = torch.where(self.last[:, None], 1, a.roll(1 if self.reverse else -1, 1))
+        g = linear_scan(after, gh.to(a.dtype), gfinal, reverse=not self.reverse, cu_seqlens=self.cu_seqlens)
+        ga = g * self.h_before.conj()
+        ga = ga * a if self.log else ga
+        ga = (ga.sum((0, 1)) if self.of_a.dim() == 1 else ga).to(self.of_a.dtype)
+        if self.initial is None:
+            return ga, g, None
+        B, T, C = g.shape
+        # Sequences lie one after the other, whether they are packed or in rows of the batch.
+        return ga, g, (a * g).reshape(B * T, C)[self.first.repeat(B).nonzero()[:, 0]]
+
+    def forward(self, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tangents of h and of the final state."""
+        total = torch.zeros_like(self.h_before) if dx is None else dx.to(self.h_before.dtype)
+        if da is not None:
+            total = total + (da * self.a if self.log else da) * self.h_before
+        dh, dfinal = linear_scan(
+            self.a, total, dinitial, reverse=self.reverse, return_state=True, cu_seqlens=self.cu_seqlens
+        )
+        return dh.to(self.dtype), dfinal
+
+    def _at_tokens(self, state: Tensor) -> Tensor:
+        return state[:, None] if self.cu_seqlens is None else state[self.sequence]
+
+
+def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str, Tensor, bool]:
+    if a is not None and log_a is None:
+        return name, a, False
+    if a is None and log_a is not None:
+        return "log_a", log_a, True
+    raise TypeError(f"give one of {name} and log_a, got {'neither' if a is None else 'both'}")
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Return a tensor as it lies in memory: contiguous, and no lazy conjugate of another."""
+    return t.resolve_conj().resolve_neg().contiguous()
+
+
+def _check_state(name: str, state: Tensor, dims: str, shape: tuple[int, int], dtype: torch.dtype, x: Tensor) -> None:
+    checks.check_floating_or_complex(x=x, **{name: state})
+    checks.check_shape(dims, shape, **{name: state})
+    checks.check_dtype(dtype, "(as states are: the dtype of a with x, 16 bits as float32)", **{name: state})
+
+
+def _linear_scan_fwd_fake(
+    a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(x, dtype=dtype), x.new_empty((rows, x.shape[2]), dtype=state_dtype)
+
+
+def _linear_scan_bwd_fake(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ginitial = h.new_empty(0, dtype=scan_dtypes(h.dtype, h.dtype)[1]) if initial is None else torch.empty_like(initial)
+    return torch.empty_like(a), torch.empty_like(h, dtype=dtype), ginitial
+
+
+def _linear_scan_step_fake(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
+    return torch.empty_like(state)
+
+
+register(
+    "linear_scan_fwd(Tensor a, Tensor x, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse)"
+    " -> (Tensor, Tensor)",
+    "linear_scan",
+    _linear_scan_fwd_fake,
+)
+register(
+    "linear_scan_bwd(Tensor a, Tensor h, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse, Tensor gh,"
+    " Tensor? gfinal, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "linear_scan",
+    _linear_scan_bwd_fake,
+)
+register(
+    "linear_scan_step(Tensor a, Tensor x, Tensor state, bool log) -> Tensor", "linear_scan", _linear_scan_step_fake
+)
