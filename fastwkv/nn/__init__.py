@@ -1,8 +1,21 @@
-"""RWKV-4 as PyTorch modules on top of :func:`fastwkv.wkv`, and text generation with it."""
+"""PyTorch modules: RWKV-4 over :func:`fastwkv.wkv`, and layers over :func:`fastwkv.linear_scan`."""
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.generate import generate
+from fastwkv.nn.lru import LRU, LRUBlock
+from fastwkv.nn.param_groups import param_groups
 from fastwkv.nn.rwkv4 import RWKV4, RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.state import RWKV4State
 
-__all__ = ["RWKV4", "RWKV4Block", "RWKV4ChannelMix", "RWKV4Config", "RWKV4State", "RWKV4TimeMix", "generate"]
+__all__ = [
+    "LRU",
+    "RWKV4",
+    "LRUBlock",
+    "RWKV4Block",
+    "RWKV4ChannelMix",
+    "RWKV4Config",
+    "RWKV4State",
+    "RWKV4TimeMix",
+    "generate",
+    "param_groups",
+]

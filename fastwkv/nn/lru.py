@@ -1,0 +1,271 @@
+"""The linear recurrent unit and its block.
+
+Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastwkv.nn.recurrence import (
+    check_carried,
+    check_sizes,
+    check_tokens,
+    complex_dtype,
+    compute_dtypes,
+    least_decay,
+)
+from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
+
+
+class LRU(nn.Module):
+    """The linear recurrent unit: a diagonal complex recurrence between two matrices.
+
+    ::
+
+        λ   = exp(-exp(ν_log) + i exp(θ_log))
+        h_t = λ ⊙ h_{t-1} + exp(γ_log) ⊙ (B u_t)
+        y_t = Re(C h_t) + D ⊙ u_t
+
+    At the start, λ is uniform on the ring ``r_min <= |λ| <= r_max`` with a phase in ``[0, max_phase]``, and
+    ``exp(γ_log) = √(1 - |λ|²)``, which gives h the variance of B u. Whatever the parameters become, |λ| < 1: exp(ν_log)
+    counts as at least 4 units of rounding (5e-7 in float32).
+
+    A whole text and its tokens one by one give the same, as does any split of it whose state is carried::
+
+        y = lru(u)
+        y, state = lru(u, state, return_state=True)
+        y_t, state = lru.step(u_t, state)
+
+    Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are float32 in 16-bit
+    models and under autocast too. Built under ``torch.device("meta")`` it allocates nothing.
+
+    Args:
+        hidden: H, the channels of u and y.
+        state: N, the channels of h.
+        r_min, r_max: the ring, ``0 <= r_min <= r_max <= 1``.
+        max_phase: the largest phase of λ, in radians. Long texts ask for a small one.
+        bidirectional: run a second recurrence from the last token to the first, with the same λ, γ and B. C, of shape
+            ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole text at once: it has no
+            state and no step.
+
+    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as in its section 4.
+
+    """
+
+    # What the paper trains at a smaller rate and without weight decay; see param_groups.
+    recurrent_parameters: ClassVar = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im")
+
+    def __init__(
+        self,
+        hidden: int,
+        state: int,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 2 * math.pi,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(hidden=hidden, state=state)
+        if not 0 <= r_min <= r_max <= 1 or r_max == 0:
+            raise ValueError(f"the ring must be 0 <= r_min <= r_max <= 1, not empty, got [{r_min}, {r_max}]")
+        if not max_phase > 0:
+            raise ValueError(f"max_phase must be above 0, got {max_phase}")
+        self.hidden, self.state = hidden, state
+        self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
+        self.bidirectional = bidirectional
+        H, N, read = hidden, state, 2 * state if bidirectional else state
+        self.nu_log = nn.Parameter(torch.empty(N))
+        self.theta_log = nn.Parameter(torch.empty(N))
+        self.gamma_log = nn.Parameter(torch.empty(N))
+        self.B_re = nn.Parameter(torch.empty(N, H))
+        self.B_im = nn.Parameter(torch.empty(N, H))
+        self.C_re = nn.Parameter(torch.empty(H, read))
+        self.C_im = nn.Parameter(torch.empty(H, read))
+        self.D = nn.Parameter(torch.empty(H))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its value at the start of training, computed in float64."""
+        u1, u2 = torch.rand(2, self.state, dtype=torch.float64, device=self.D.device)
+        self.nu_log.copy_((-0.5 * (u1 * (self.r_max**2 - self.r_min**2) + self.r_min**2).log()).log())
+        self.theta_log.copy_((self.max_phase * u2).log())
+        # Of the ν that was stored: 16 bits round it. Taking 1 - |λ|² as it is written would lose half of its digits.
+        self.gamma_log.copy_(0.5 * (-torch.expm1(-2 * self.nu_log.double().exp())).log())
+        for matrix, scale in (
+            (self.B_re, 2 * self.hidden),
+            (self.B_im, 2 * self.hidden),
+            (self.C_re, self.C_re.shape[1]),
+            (self.C_im, self.C_im.shape[1]),
+            (self.D, 1),
+        ):
+            matrix.copy_(torch.randn_like(matrix, dtype=torch.float64) / math.sqrt(scale))
+
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run over whole texts.
+
+        Args:
+            u: ``[B, T, H]``, of any real floating dtype.
+            state: h before the first token, complex64 ``[B, N]`` (complex128 where u or the parameters are float64);
+                zero if None.
+            return_state: return h after the last token too.
+            cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
+                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
+
+        Returns:
+            y ``[B, T, H]`` of the dtype of u; with ``return_state`` also the state.
+
+        Raises:
+            TypeError: an argument is of another type or dtype.
+            ValueError: a shape or offset does not fit, or a state is given to or asked of a bidirectional layer.
+
+        """
+        check_tokens("B T H", self.hidden, u=u)
+        self._check_one_direction(state is not None or return_state)
+        check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
+        a, x = self._multiplier(u), self._project(u)
+        h, final = linear_scan(a, x, state, return_state=True, cu_seqlens=cu_seqlens)
+        if self.bidirectional:
+            h = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), -1)
+        y = self._read(h, u)
+        return (y, final) if return_state else y
+
+    def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take one token.
+
+        Args:
+            u_t: ``[B, H]``.
+            state: as for :meth:`forward`.
+
+        Returns:
+            y_t ``[B, H]`` of the dtype of u_t, and the state after it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+
+        """
+        check_tokens("B H", self.hidden, u_t=u_t)
+        self._check_one_direction(True)
+        check_carried(state, self.state, self._state_dtype(u_t), u_t)
+        x = self._project(u_t)
+        state = linear_scan_step(self._multiplier(u_t), x, torch.zeros_like(x) if state is None else state)
+        return self._read(state, u_t), state
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for print."""
+        return f"hidden={self.hidden}, state={self.state}, bidirectional={self.bidirectional}"
+
+    def _state_dtype(self, u: Tensor) -> torch.dtype:
+        return complex_dtype(compute_dtypes(u, self.D)[1])
+
+    def _multiplier(self, u: Tensor) -> Tensor:
+        _, dtype = compute_dtypes(u, self.D)
+        info = torch.finfo(dtype)
+        # Beyond these bounds |λ| is 0 or a phase has no digits left, but gradients would be 0 times infinity.
+        nu_log = self.nu_log.to(dtype).clamp(math.log(least_decay(dtype)), math.log(-math.log(info.tiny)))
+        theta_log = self.theta_log.to(dtype).clamp(max=-math.log(info.eps))
+        return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp())
+
+    def _project(self, u: Tensor) -> Tensor:
+        """Return exp(γ_log) ⊙ (B u), by one real product whose result lies in memory as complex numbers do."""
+        products, dtype = compute_dtypes(u, self.D)
+        weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
+        x = F.linear(u.to(products), weight.flatten(0, 1).to(products))
+        return torch.view_as_complex(x.to(dtype).unflatten(-1, (self.state, 2)))
+
+    def _read(self, h: Tensor, u: Tensor) -> Tensor:
+        """Return Re(C h) + D ⊙ u, by one real product."""
+        products, _ = compute_dtypes(u, self.D)
+        weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
+        y = F.linear(torch.view_as_real(h).flatten(-2).to(products), weight.to(products))
+        return torch.addcmul(y, self.D.to(y.dtype), u.to(y.dtype)).to(u.dtype)
+
+    def _check_one_direction(self, state_asked: bool) -> None:
+        if self.bidirectional and state_asked:
+            raise ValueError("a bidirectional layer reads the text from both ends: it has no state and no step")
+
+
+class LRUBlock(nn.Module):
+    """One residual block of a deep LRU network.
+
+    ::
+
+        y = x + drop(GLU(drop(gelu(LRU(norm(x))))))
+
+    with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states and steps are those
+    of :class:`LRU`. With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all texts
+    while training, so that only in ``eval()`` a token depends on nothing but the tokens before it.
+
+    Args:
+        hidden: H, the channels of x and y.
+        state: N, the channels of the state.
+        r_min, r_max, max_phase: as for :class:`LRU`.
+        dropout: the probability of both dropouts.
+        norm: "batch", as in the paper, or "layer".
+        bidirectional: as for :class:`LRU`.
+
+    Source: arXiv 2303.06349, figure 1 and appendix C.
+
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        state: int,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 2 * math.pi,
+        dropout: float = 0.0,
+        norm: Literal["batch", "layer"] = "batch",
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        if norm not in ("batch", "layer"):
+            raise ValueError(f'norm must be "batch" or "layer", got {norm!r}')
+        self.lru = LRU(hidden, state, r_min, r_max, max_phase, bidirectional)
+        self.norm: nn.BatchNorm1d | nn.LayerNorm = nn.BatchNorm1d(hidden) if norm == "batch" else nn.LayerNorm(hidden)
+        self.gate = nn.Linear(hidden, 2 * hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Set every parameter to its value at the start of training."""
+        self.lru.reset_parameters()
+        self.norm.reset_parameters()
+        self.gate.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
+        check_tokens("B T H", self.lru.hidden, x=x)
+        u = self.norm(x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
+        y = self.lru(u, state, return_state=return_state, cu_seqlens=cu_seqlens)
+        if not return_state:
+            return self._residual(x, y)
+        y, final = y
+        return self._residual(x, y), final
+
+    def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take one token; arguments, results and errors are those of :meth:`LRU.step`."""
+        check_tokens("B H", self.lru.hidden, x_t=x_t)
+        y, state = self.lru.step(self.norm(x_t), state)
+        return self._residual(x_t, y), state
+
+    def _residual(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(x, self.dropout(F.glu(self.gate(self.dropout(F.gelu(y))))))
