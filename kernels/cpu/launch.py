@@ -50,7 +50,7 @@ def fitted(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     """Return the arguments of a launcher with at least one vector of channels, in the dtype of sums."""
     result = []
     for t in tensors:
-        if t is not None and t.is_floating_point():
+        if t is not None and (t.is_floating_point() or t.is_complex()):
             t = pad(t.to(dtype), (0, max(0, VECTOR_BYTES // dtype.itemsize - t.shape[-1])))
         result.append(t)
     return result

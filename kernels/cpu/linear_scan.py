@@ -1,10 +1,141 @@
-"""The linear scan on the CPU."""
+"""The linear scan on the CPU, one SIMD vector of channels at a time. Here the forward pass; linear_scan_bwd.py has the
+adjoint.
 
+    h_t = a_t h_{t-1} + x_t
+
+h is carried as a sum of two numbers that is never rounded to one: h, which is what a loop without any care would have,
+and low, which is what the roundings of h have left. Both errors are known exactly, that of a product from a fused
+multiply-add and that of a sum from further sums (Knuth's):
+
+    p = a h        e = fma(a, h, -p)          a h = p + e
+    s = p + x      f = the error of s         p + x = s + f          h_t = s,   low_t = a low_{t-1} + e + f
+
+What is written is h + low, rounded once: however many steps there are, and if no step forgets anything (|a| = 1), a
+result is about as exact as the last rounding. Memory is the limit, so that this costs little. Sums for 16 bits do
+without it.
+
+Complex numbers lie in vectors as real and imaginary parts by turns. With re and im the parts of a, both written twice,
+a h is re h + (-im, im) (h with its parts exchanged), a sum of two products whose errors are known in the same way.
+
+A gate e^{log a} too is a sum of two numbers: near 1, e^x - 1 is known far better than e^x can be written. A memory of
+10^4 steps in float32 would otherwise be wrong by 10^-4.
+
+Two vectors go side by side through 16 steps, since each step waits for the one before. Work is split over sequences and
+channels, never over time: results do not depend on the number of threads. A fixed a is a row that is read, out of the
+innermost cache, at every step.
+"""
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import sequence_bounds
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
+from fastwkv.kernels.cpu.linear_scan_bwd import linear_scan_bwd
+from fastwkv.kernels.cpu.linear_scan_state import ROWS, added, kind, load_multiplier, scaled, total
+from fastwkv.kernels.cpu.numerics import inlined, kernel, load, prefetch, splat, store
+from fastwkv.kernels.cpu.vectors import VECTOR_BYTES
+from fastwkv.kernels.cpu.wkv_state import locate
 from fastwkv.kernels.launch import scan_dtypes
+
+__all__ = ["linear_scan_bwd", "linear_scan_fwd", "linear_scan_step"]
+
+
+@inlined
+def _token(a_ptr, a_index, a_ahead, x_ptr, h_ptr, index, ahead, h, low, storage, sums, pairs, exact, log):
+    """Take in a token of one vector of channels, and write its result."""
+    re, im, a_low, _ = load_multiplier(a_ptr, a_index, False, storage, sums, pairs, log)
+    x = load(x_ptr, index, storage)
+    prefetch(a_ptr, a_index + a_ahead, storage)
+    prefetch(x_ptr, index + ahead, storage)
+    h, low = scaled(re, im, a_low, h, low, pairs, exact, log)
+    h, low = added(h, low, x, exact)
+    store(h_ptr, index, total(h, low, exact), storage)
+    return h, low
+
+
+@kernel
+def _linear_scan_fwd_kernel(
+    a_ptr,  # [B, T, C] or [C]
+    x_ptr,  # [B, T, C]
+    h_ptr,  # [B, T, C]
+    initial_ptr,  # [N, C] or 0
+    final_ptr,  # [N, C]
+    bounds,  # where the sequences of one batch row begin and end
+    shape,  # T, C
+    steps,  # from one token to the next: rows of x, 1 or -1, and elements of a
+    work,  # channels in a block, first and last unit of work
+    storage,  # tag of what has a time
+    sums,  # tag of the rest
+    pairs,  # None if numbers are real
+    exact,  # None for 16 bits
+    log,  # None if a is given as it is
+):
+    T, C = shape
+    step, a_step = steps
+    width, first, last = work
+    lanes = VECTOR_BYTES // sums.itemsize
+    carried = np.empty(2 * width + 3 * lanes, sums.dtype)
+    state = carried.ctypes.data
+    state += -state % VECTOR_BYTES
+    for unit in range(first, last):
+        n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
+        token = batch * T + (start if step > 0 else stop - 1)
+        for row in range(0, stop - start, ROWS):
+            rows = min(ROWS, stop - start - row)
+            for i in range(c_first, c_last, 2 * lanes):
+                # Where there is no second vector, or only part of one, it overlaps the first, and the same numbers are
+                # written twice.
+                c, d, at = min(i, c_last - lanes), min(i + lanes, c_last - lanes), 2 * (i - c_first)
+                low_c = low_d = h_c = h_d = splat(0.0, sums)
+                if row > 0:
+                    h_c, low_c = load(state, at, sums), load(state, at + lanes, sums)
+                    h_d, low_d = load(state, at + 2 * lanes, sums), load(state, at + 3 * lanes, sums)
+                elif initial_ptr != 0:
+                    h_c, h_d = load(initial_ptr, n * C + c, sums), load(initial_ptr, n * C + d, sums)
+                index, a_index = (token + row * step) * C, (token * step + row) * a_step
+                ahead, a_ahead = ROWS * C * step, ROWS * a_step
+                for _ in range(rows):
+                    h_c, low_c = _token(
+                        a_ptr,
+                        a_index + c,
+                        a_ahead,
+                        x_ptr,
+                        h_ptr,
+                        index + c,
+                        ahead,
+                        h_c,
+                        low_c,
+                        storage,
+                        sums,
+                        pairs,
+                        exact,
+                        log,
+                    )
+                    h_d, low_d = _token(
+                        a_ptr,
+                        a_index + d,
+                        a_ahead,
+                        x_ptr,
+                        h_ptr,
+                        index + d,
+                        ahead,
+                        h_d,
+                        low_d,
+                        storage,
+                        sums,
+                        pairs,
+                        exact,
+                        log,
+                    )
+                    index += step * C
+                    a_index += a_step
+                store(state, at, h_c, sums)
+                store(state, at + lanes, low_c, sums)
+                store(state, at + 2 * lanes, h_d, sums)
+                store(state, at + 3 * lanes, low_d, sums)
+                if row + rows == stop - start:
+                    store(final_ptr, n * C + c, total(h_c, low_c, exact), sums)
+                    store(final_ptr, n * C + d, total(h_d, low_d, exact), sums)
 
 
 def linear_scan_fwd(
@@ -12,54 +143,22 @@ def linear_scan_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return h [B, T, C] and the final state [N, C]."""
     dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
-    gate = a.to(state_dtype).exp() if log else a.to(state_dtype)
-    gate, x = gate.expand(x.shape), x.to(state_dtype)
-    out = torch.empty_like(x)
-    bounds = sequence_bounds(x.shape[1], cu_seqlens)
-    finals = []
-    for n in range(len(bounds) - 1):
-        h = torch.zeros_like(x[:, 0]) if initial is None else initial if cu_seqlens is None else initial[n : n + 1]
-        steps = range(bounds[n], bounds[n + 1])
-        for t in reversed(steps) if reverse else steps:
-            h = gate[:, t] * h + x[:, t]
-            out[:, t] = h
-        finals.append(h.clone())
-    return out.to(dtype), torch.cat(finals)
-
-
-def linear_scan_bwd(
-    a: Tensor,
-    h: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    log: bool,
-    reverse: bool,
-    gh: Tensor,
-    gfinal: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ga, gx and the gradient of the initial state, or an empty tensor where there was none."""
-    state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
-    gate = a.to(state_dtype).exp() if log else a.to(state_dtype)
-    gate = gate.expand(h.shape).conj()
-    ga, gx = torch.empty(h.shape, dtype=state_dtype), torch.empty(h.shape, dtype=state_dtype)
-    bounds = sequence_bounds(h.shape[1], cu_seqlens)
-    ginitial = []
-    for n in range(len(bounds) - 1):
-        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
-        g = torch.zeros_like(gx[:, 0]) if gfinal is None else gfinal[rows]
-        steps = list(range(bounds[n], bounds[n + 1]))
-        steps = steps[::-1] if reverse else steps
-        for i in reversed(range(len(steps))):
-            t = steps[i]
-            before = h[:, steps[i - 1]] if i else torch.zeros_like(g) if initial is None else initial[rows]
-            g = g + gh[:, t]
-            gx[:, t], ga[:, t] = g, g * before.conj()
-            g = g * gate[:, t]
-        ginitial.append(g)
-    ga = ga * gate if log else ga
-    ga = (ga.sum((0, 1)) if a.dim() == 1 else ga).to(a.dtype)
-    return ga, gx.to(dtype), h.new_empty(0, dtype=state_dtype) if initial is None else torch.cat(ginitial)
+    B, T, C = x.shape
+    a, x = a.to(dtype), x.to(dtype)
+    if not fits(x, state_dtype):
+        a, x, initial, cu_seqlens = fitted(state_dtype, a, x, initial, cu_seqlens)
+        h, final = linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
+        return h[..., :C].to(dtype).contiguous(), final[..., :C].contiguous()
+    bounds = sequence_bounds(T, cu_seqlens)
+    a, x, initial = a.contiguous(), x.contiguous(), None if initial is None else initial.contiguous()
+    N = B * (len(bounds) - 1)
+    h, final = torch.empty_like(x), x.new_empty((N, C), dtype=state_dtype)
+    C *= 2 if x.is_complex() else 1
+    step = -1 if reverse else 1
+    arguments = *addresses(a, x, h, initial, final), bounds, (T, C), (step, 0 if a.dim() == 1 else step * C)
+    tags = kind(x, state_dtype, log)
+    run(lambda work: _linear_scan_fwd_kernel(*arguments, work, *tags), N, C, B * T * C, state_dtype.to_real())
+    return h, final
 
 
 def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:

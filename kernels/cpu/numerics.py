@@ -159,32 +159,59 @@ _EXP_POLYNOMIALS = {
 }
 
 
-@intrinsic
-def exp(typing: Any, x: Any) -> Any:
-    """Return e^x to about one unit in the last place, for x up to 80; exactly 0 below -87 (float64: -708).
+def _number(x: Vector, value: float) -> ir.Constant:
+    return ir.Constant(x.llvm(), [value] * x.lanes)
 
-    e^x = 2^n e^r, where n is x / ln 2 rounded: adding 1.5 * 2^23 leaves n in the lowest bits of the sum, and moving
-    those bits up (the bias is in the sum already) makes 2^n. NaN stays NaN.
+
+def _emit_exp(builder: ir.IRBuilder, value: ir.Value, x: Vector) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Return p, r, 2^n such that e^x = (1 + p r) 2^n, and where that is not so because it should be 0.
+
+    n is x / ln 2 rounded: adding 1.5 * 2^23 leaves n in the lowest bits of the sum, and moving those bits up (the bias
+    is in the sum already) makes 2^n.
     """
     bias, mantissa, smallest, ln2, ln2_rest = _EXP_CONSTANTS[x.element]
-    polynomial = [1.0, *map(float, _EXP_POLYNOMIALS[x.element].split())]
-    kind, integers = x.llvm(), ir.VectorType(ir.IntType(x.element.bitwidth), x.lanes)
+    polynomial = list(map(float, _EXP_POLYNOMIALS[x.element].split()))
+    integers = ir.VectorType(ir.IntType(x.element.bitwidth), x.lanes)
+    rounder = _number(x, 1.5 * 2.0**mantissa + bias)
+    shifted = emit_fma(builder, value, _number(x, 1.4426950408889634), rounder)
+    n = builder.fsub(shifted, rounder)
+    r = emit_fma(builder, n, _number(x, -ln2), value)
+    r = emit_fma(builder, n, _number(x, -ln2_rest), r)
+    p = _number(x, polynomial[-1])
+    for coefficient in polynomial[-2::-1]:
+        p = emit_fma(builder, p, r, _number(x, coefficient))
+    bits = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * x.lanes))
+    return p, r, builder.bitcast(bits, x.llvm()), builder.fcmp_ordered("<", value, _number(x, smallest))
 
-    def number(value: float) -> ir.Constant:
-        return ir.Constant(kind, [value] * x.lanes)
+
+@intrinsic
+def exp(typing: Any, x: Any) -> Any:
+    """Return e^x to about one unit in the last place, for x up to 80 (float64: 700); exactly 0 below -87 (-708).
+
+    NaN stays NaN.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
-        (value,) = args
-        rounder = number(1.5 * 2.0**mantissa + bias)
-        shifted = emit_fma(builder, value, number(1.4426950408889634), rounder)
-        n = builder.fsub(shifted, rounder)
-        r = emit_fma(builder, n, number(-ln2), value)
-        r = emit_fma(builder, n, number(-ln2_rest), r)
-        result = number(polynomial[-1])
-        for coefficient in polynomial[-2::-1]:
-            result = emit_fma(builder, result, r, number(coefficient))
-        bits = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * x.lanes))
-        result = builder.fmul(result, builder.bitcast(bits, kind))
-        return builder.select(builder.fcmp_ordered("<", value, number(smallest)), number(0.0), result)
+        p, r, power, zero = _emit_exp(builder, args[0], x)
+        result = builder.fmul(emit_fma(builder, p, r, _number(x, 1.0)), power)
+        return builder.select(zero, _number(x, 0.0), result)
 
     return x(x), generate
+
+
+@intrinsic
+def exp_pair(typing: Any, x: Any) -> Any:
+    """Return two numbers whose sum is e^x, for the x of ``exp``: the rounded one, and what its rounding left.
+
+    Where x is small e^x - 1 is known far better than e^x can be written as one number.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+        p, r, power, zero = _emit_exp(builder, args[0], x)
+        rest = builder.fmul(p, r)
+        rounded = builder.fadd(rest, _number(x, 1.0))
+        low = builder.fsub(rest, builder.fsub(rounded, _number(x, 1.0)))
+        pair = (builder.select(zero, _number(x, 0.0), builder.fmul(part, power)) for part in (rounded, low))
+        return context.make_tuple(builder, sig.return_type, pair)
+
+    return types.UniTuple(x, 2)(x), generate

@@ -105,6 +105,17 @@ _define(operator.lt, lambda builder, a, b: builder.fcmp_ordered("<", a, b), comp
 _define(operator.eq, lambda builder, a, b: builder.fcmp_ordered("==", a, b), comparison=True)
 
 
+@infer_global(operator.neg)
+class _Negation(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
+        return signature(args[0], *args) if isinstance(args[0], Vector) else None
+
+
+@lower_builtin(operator.neg, Vector)
+def _negate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+    return builder.fneg(args[0])
+
+
 def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     """Call an LLVM intrinsic on vectors."""
     kind = args[0].type
@@ -157,3 +168,47 @@ def any_true(typing: Any, mask: Any) -> Any:
         return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
     return types.boolean(mask), generate
+
+
+# A vector of complex numbers holds a real and an imaginary part by turns.
+
+
+def _permute(a: Vector, source: Any) -> Any:
+    """Return a vector that has in lane i what the other has in lane ``source(i)``."""
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), a.lanes), [source(i) for i in range(a.lanes)])
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+        return builder.shuffle_vector(args[0], ir.Constant(a.llvm(), ir.Undefined), lanes)
+
+    return a(a), generate
+
+
+@intrinsic
+def real_parts(typing: Any, a: Any) -> Any:
+    """Return (re, re) for each pair (re, im)."""
+    return _permute(a, lambda i: i & ~1)
+
+
+@intrinsic
+def imaginary_parts(typing: Any, a: Any) -> Any:
+    """Return (im, im) for each pair (re, im)."""
+    return _permute(a, lambda i: i | 1)
+
+
+@intrinsic
+def exchanged(typing: Any, a: Any) -> Any:
+    """Return (im, re) for each pair (re, im)."""
+    return _permute(a, lambda i: i ^ 1)
+
+
+@intrinsic
+def conjugate(typing: Any, a: Any) -> Any:
+    """Return (re, -im) for each pair (re, im)."""
+    bits = a.element.bitwidth
+    integers = ir.VectorType(ir.IntType(bits), a.lanes)
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+        signs = ir.Constant(integers, [(i & 1) << (bits - 1) for i in range(a.lanes)])
+        return builder.bitcast(builder.xor(builder.bitcast(args[0], integers), signs), a.llvm())
+
+    return a(a), generate
