@@ -8,21 +8,28 @@ CHECKPOINT_ROWS = 16
 BACKWARD_ROWS = 8
 """Tokens that the backward kernel keeps in registers between recomputation and adjoint. With 16, float64 spills."""
 
+SCAN_ROWS = 16
+"""Tokens whose a and x the kernel of the linear scan asks for at once; half as many complex ones, whose exact sums,
+unrolled 16 times, take 9 seconds to compile."""
 
-FP_FUSION = True
-"""Multiplications and additions become one instruction with one rounding. Said, since Triton's default will change."""
+SCAN_BACKWARD_ROWS = 8
+"""The same of its backward kernel, which asks for a, h and gh."""
+
+FP_FUSION = False
+"""Whether compilers may turn products and sums into fused multiply-adds where none is written. They may not: the exact
+sums rest on the rounding of each, and kernels give on a device what is written, and tested, without one."""
 
 
 @dataclass(frozen=True)
-class WKVLaunch:
-    """How the WKV kernels are laid over the device."""
+class Launch:
+    """How a kernel that walks along time is laid over the device."""
 
     block_c: int
     """Channels a program."""
     num_warps: int
     """Warps a program."""
     chunk: int
-    """Tokens a program, a multiple of CHECKPOINT_ROWS."""
+    """Tokens a program, a multiple of the tokens that it treats at once."""
 
     def options(self, C: int) -> dict[str, int]:
         """What every kernel that walks along time is compiled for."""
@@ -37,14 +44,26 @@ MIN_CHUNK = 128
 """Tokens below which a chunk is not split further: its summary and carry would cost as much as its tokens."""
 
 
-def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> WKVLaunch:
+def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
     """Choose the launch shape for WKV on ``[B, T, C]``; ``itemsize`` is that of the accumulation dtype, in bytes.
 
     A program is one warp of two channels a lane (one in float64, whose rows take twice the registers). Sequences are
     split along time only as far as it takes to give every multiprocessor ``WARPS_WANTED`` of them.
     """
-    block_c = 256 // itemsize
+    return _launch(B, T, C, 256 // itemsize, multiprocessors, CHECKPOINT_ROWS)
+
+
+def scan_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
+    """Choose the launch shape for the linear scan on ``[B, T, C]``; ``itemsize`` is that of x, in bytes.
+
+    A program is one warp that reads 8 bytes a lane and row, one number of 16 bytes. A row of a and x is as many bytes
+    as one of k and v for WKV: sequences are split as they are there.
+    """
+    return _launch(B, T, C, 32 * max(1, 8 // itemsize), multiprocessors, SCAN_ROWS)
+
+
+def _launch(B: int, T: int, C: int, block_c: int, multiprocessors: int, rows: int) -> Launch:
     programs = B * -(-C // block_c)
     wanted = -(-WARPS_WANTED * multiprocessors // programs)
     chunks = max(1, min(wanted, T // MIN_CHUNK))
-    return WKVLaunch(block_c, 1, -(-T // (chunks * CHECKPOINT_ROWS)) * CHECKPOINT_ROWS)
+    return Launch(block_c, 1, -(-T // (chunks * rows)) * rows)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch, wkv_launch
+from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch, scan_launch, wkv_launch
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -26,17 +26,24 @@ def checkpoint_shape(B: int, T: int, C: int) -> tuple[int, int, int]:
     return B, 3 * ((T + CHECKPOINT_ROWS - 1) // CHECKPOINT_ROWS), C
 
 
-def launch_for(k: Tensor, acc: torch.dtype) -> WKVLaunch:
+def launch_for(k: Tensor, acc: torch.dtype) -> Launch:
     """Choose the launch shape for WKV on the device of k."""
-    multiprocessors = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
-    B, T, C = k.shape
-    return wkv_launch(B, T, C, multiprocessors, acc.itemsize)
+    return wkv_launch(*k.shape, _multiprocessors(k), acc.itemsize)
+
+
+def scan_launch_for(x: Tensor) -> Launch:
+    """Choose the launch shape for the linear scan on the device of x."""
+    return scan_launch(*x.shape, _multiprocessors(x), x.dtype.itemsize)
+
+
+def _multiprocessors(t: Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
 
 
 def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it.
 
-    With ``reverse`` a sequence starts at its last token.
+    With ``reverse`` the tokens are those of a scan from the last to the first, which starts where a sequence ends.
     """
     cu_seqlens = cu_seqlens.contiguous()
     tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
@@ -44,5 +51,6 @@ def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     # Offsets on a GPU are not checked: whatever they are, no sequence beyond the last is read or written.
     sequence.clamp_(max=cu_seqlens.shape[0] - 2)
     changes = torch.nn.functional.pad(sequence.diff() != 0, (1, 1), value=True).int()
-    starts, ends = (changes[1:], changes[:-1]) if reverse else (changes[:-1], changes[1:])
-    return 4 * sequence + 2 * ends + starts
+    if reverse:
+        sequence, changes = sequence.flip(0), changes.flip(0)
+    return 4 * sequence + 2 * changes[1:] + changes[:-1]

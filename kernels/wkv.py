@@ -37,17 +37,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch
+from fastwkv.kernels.arithmetic import before
+from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges
 from fastwkv.kernels.wkv_state import NO_PAST, absorb, enter, load_rate, load_state, ratio, store_aged, weigh
-
-
-@triton.jit
-def before(t, end, c, C: tl.constexpr):
-    """Mask of the channels of token t, all of them out where t is not before ``end``."""
-    if C // c.shape[0] * c.shape[0] == C:
-        return tl.zeros_like(c) + t < end  # the same for all channels: one predicate, not one for each
-    return c < tl.where(end > t, C, 0)
 
 
 @triton.jit
@@ -206,7 +199,7 @@ def wkv_fwd(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
-    launch: WKVLaunch | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass: y ``[B, T, C]``, final state ``[3, N, C]`` and, with ``save``, the checkpoints."""
     B, T, C = k.shape

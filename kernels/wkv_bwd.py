@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, WKVLaunch
+from fastwkv.kernels.arithmetic import before
+from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, Launch
 from fastwkv.kernels.launch import launch_for, packed_edges
-from fastwkv.kernels.wkv import before, fwd_block
+from fastwkv.kernels.wkv import fwd_block
 from fastwkv.kernels.wkv_state import absorb, enter, load_rate, load_state, tiny, weigh
 
 
@@ -260,7 +261,7 @@ def wkv_bwd(
     checkpoints: Tensor,
     gy: Tensor,
     gfinal: Tensor | None,
-    launch: WKVLaunch | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward pass: gw, gu, gk, gv and, if there is an initial state, its (gm, gl) ``[2, N, C]``."""
     B, T, C = k.shape

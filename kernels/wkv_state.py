@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastwkv.kernels.arithmetic import two_sum
+
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
@@ -45,13 +47,6 @@ def absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, steps):
     num = past * num + now * num_new
     den = past * den + now * den_new
     return num, den, tl.where(stays, anchor, p_new), tl.where(stays, age + steps, 0.0)
-
-
-@triton.jit
-def two_sum(a, b):
-    total = a + b
-    b_part = total - a
-    return total, (a - (total - b_part)) + (b - b_part)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels.arithmetic import two_sum
 from fastwkv.kernels.config import FP_FUSION
-from fastwkv.kernels.wkv_state import NO_PAST, load_rate, ratio, two_sum, weightless
+from fastwkv.kernels.wkv_state import NO_PAST, load_rate, ratio, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
 REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27

@@ -200,6 +200,7 @@ class _Composed:
         B, T, _ = h.shape
         self.rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         edges = packed_edges(torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens, T, reverse)
+        edges = edges.flip(0) if reverse else edges
         self.first, self.last = (edges & 1) != 0, (edges & 2) != 0  # of the sequences, in the order of the scan
         self.sequence = edges >> 2
         self.initial = initial

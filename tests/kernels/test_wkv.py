@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from implementations import Implementation
 from wkv_cases import ORDINARY, cases, expected, make_case, relative_error
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS, WKVLaunch, wkv_launch
+from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch, wkv_launch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -78,8 +78,8 @@ def test_step_keeps_to_its_memory(implementation):
 )
 def test_chunks_along_time_change_nothing(case, blocks, block_c):
     with Implementation("triton") as context:
-        whole = launch(context, case, launch=WKVLaunch(32, 1, 16 * CHECKPOINT_ROWS))
-        chunked = launch(context, case, launch=WKVLaunch(block_c, 1, blocks * CHECKPOINT_ROWS))
+        whole = launch(context, case, launch=Launch(32, 1, 16 * CHECKPOINT_ROWS))
+        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * CHECKPOINT_ROWS))
     output, gradient = ORDINARY[case.dtype]
     for index, (result, wanted) in enumerate(zip(chunked, whole, strict=True)):
         if index in (1, 2):  # states: their scale is free
@@ -95,7 +95,7 @@ def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, final):
     with Implementation("triton") as context:
         results = []
         for chunk in (CHECKPOINT_ROWS, 16 * CHECKPOINT_ROWS):
-            results.append(launch(context, case, final=final, launch=WKVLaunch(4, 1, chunk)))
+            results.append(launch(context, case, final=final, launch=Launch(4, 1, chunk)))
     for index, (result, wanted) in enumerate(zip(*results, strict=True)):
         if index not in (1, 2):
             assert relative_error(result, wanted, floor=1.0) <= 1e-12, index
@@ -105,9 +105,9 @@ def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, final):
 def test_hard_inputs_meet_the_bounds_in_chunks(chunk):
     with Implementation("triton") as context:
         case = make_case(1, 1, 512, 32, key_range=60.0, rates=(1e-6, 20.0), state=False)
-        y, *_, gw, gu, gk, gv, _ = launch(context, case, launch=WKVLaunch(32, 1, chunk * CHECKPOINT_ROWS))
+        y, *_, gw, gu, gk, gv, _ = launch(context, case, launch=Launch(32, 1, chunk * CHECKPOINT_ROWS))
         exact = launch(
-            context, replace(case, dtype=torch.float64), launch=WKVLaunch(32, 1, 512)
+            context, replace(case, dtype=torch.float64), launch=Launch(32, 1, 512)
         )  # itself held to the reference to 1e-12
     for result, wanted, bound in zip(
         (y, gw, gu, gk, gv), (exact[0], *exact[3:7]), (2e-6, 2e-5, 5e-6, 5e-6, 5e-6), strict=True
@@ -118,7 +118,7 @@ def test_hard_inputs_meet_the_bounds_in_chunks(chunk):
 def test_final_state_of_chunks_is_that_of_the_reference():
     with Implementation("triton") as context:
         case = make_case(3, 2, 100, 5, dtype=torch.float64)
-        final = launch(context, case, launch=WKVLaunch(4, 1, CHECKPOINT_ROWS))[1]
+        final = launch(context, case, launch=Launch(4, 1, CHECKPOINT_ROWS))[1]
     reference = expected(case, backward=False).state
     assert relative_error(final[0] / final[1], reference["mean"]) <= 1e-12
     assert relative_error(final[2] + final[1].log(), reference["log_weight"]) <= 1e-12

@@ -7,7 +7,14 @@ import torch
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
 IMPLEMENTATIONS = ("cpu", "triton")
-OPERATORS = {"wkv_fwd": "wkv", "wkv_bwd": "wkv_bwd", "wkv_step": "wkv_step"}  # and the file of its launchers
+OPERATORS = {  # and the file of its launchers
+    "wkv_fwd": "wkv",
+    "wkv_bwd": "wkv_bwd",
+    "wkv_step": "wkv_step",
+    "linear_scan_fwd": "linear_scan",
+    "linear_scan_bwd": "linear_scan",
+    "linear_scan_step": "linear_scan",
+}
 
 
 class Implementation:

@@ -1,0 +1,402 @@
+"""The diagonal linear recurrence on a GPU: the mathematics, the Triton kernels and their launchers.
+
+Forward. Per channel, real or complex, h_t = a_t h_{t-1} + x_t. Time here is the order of the scan; in memory it runs
+backwards where the scan does (STEP = -C).
+
+Adjoint. With q_t the gradient of h_t that comes from later tokens, q of the last one being that of the final state:
+
+    g_t = gh_t + q_t        gx_t = g_t        ga_t = g_t conj(h_{t-1})        q_{t-1} = conj(a_t) g_t
+
+in reverse order; q before the first token is the gradient of the initial state. ga of an `a` that is the same at every
+token is summed over them and over the batch, in a fixed order. Where log a is given, a = e^{log a} is computed on chip
+and its gradient is ga conj(a). Nothing is stored for this pass: it reads h again, and x not at all.
+
+Exactness. At |a| = 1 nothing is forgotten, rounding errors least of all. Where numbers of 32 bits or more come in or
+go out, the state is an unevaluated sum h + low: products give their rounding error by one fused multiply-add, sums by
+six additions. So every h_t is the exact result rounded about once, whatever T; that costs arithmetic where bandwidth
+is the limit. 16-bit results do not need it.
+
+Chunks. Both passes are affine along time. A sequence is one chunk where batch and channels fill the device; else every
+chunk is first summarised (the same kernel without its outputs: what it makes of a zero state, and the product of its
+a), the summaries are scanned in order, and every chunk is finished from its true state. With packed sequences the
+state is replaced wherever one starts; the grid stays the same.
+
+Source: arXiv 2303.06349, section 3.2; the adjoint is derived here.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastwkv.kernels.arithmetic import before, conjugate, filled, load, plus, plus_sum, store, times, times_sum
+from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, SCAN_ROWS, Launch
+from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
+from fastwkv.kernels.linear_scan_step import linear_scan_step
+
+__all__ = ["linear_scan_bwd", "linear_scan_fwd", "linear_scan_step"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr):
+    a = load(a_ptr, offset, mask, like)
+    # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing here would miss.
+    # Rounding the exponent costs |log a| a of half a unit in the last place of 1, at most a third of one.
+    return (tl.exp2(a[0] * LOG2_E),) if LOG else a
+
+
+@triton.jit
+def _forward_rows(
+    offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
+    t, end, c, in_c, C: tl.constexpr, STEP: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns the state after them."""
+    gates = ()
+    xs = ()
+    for i in tl.static_range(ROWS):  # every load is issued before the first is waited for
+        in_row = before(t + i, end, c, C) if MASKED else in_c
+        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, h, LOG) if gate is None else gate,)
+        xs = xs + (load(x_ptr, offset + i * STEP, in_row, h),)
+    for i in tl.static_range(ROWS):
+        if (not MASKED) or (end > t + i):
+            if edge_ptr is not None:
+                edge = tl.load(edge_ptr + t + i)
+                if (edge & 1) != 0:
+                    low = filled(0.0, h)
+                    h = filled(0.0, h)
+                    if initial_ptr is not None:
+                        h = load(initial_ptr, (edge >> 2).to(tl.int64) * C + c, in_c, h)
+            h, low = times_sum(gates[i], h, low, EXACT)
+            h, low = plus_sum(h, low, xs[i], EXACT)
+            if h_ptr is not None:
+                rounded = plus(h, low) if EXACT else h
+                store(h_ptr, offset + i * STEP, rounded, in_c)
+                if edge_ptr is not None:
+                    if (edge & 2) != 0:
+                        store(final_ptr, (edge >> 2).to(tl.int64) * C + c, rounded, in_c)
+            else:
+                product, product_low = times_sum(gates[i], product, product_low, EXACT)
+    return h, low, product, product_low
+
+
+@triton.jit(do_not_specialize=["T", "chunk"])
+def _linear_scan_fwd_kernel(
+    a_ptr,  # [C] or [B, T, C]
+    x_ptr,  # [B, T, C]
+    initial_ptr,  # [N, C], before every sequence; None: zero
+    carry_ptr,  # [B * chunks, C], before every chunk; None: a chunk is a sequence, or a summary is wanted
+    edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence, and whether it ends, starts; None: not packed
+    h_ptr,  # [B, T, C]; None: a summary is wanted
+    final_ptr,  # [N, C]; for summaries [2, B * chunks, C], state after each chunk from zero and product of its a
+    T,
+    chunk,  # tokens a program, a multiple of ROWS
+    C: tl.constexpr,  # so that the rows of a block are reached by constant offsets
+    STEP: tl.constexpr,  # from one token to the next, C or -C
+    PARTS: tl.constexpr,  # 2 for complex numbers, else 1
+    FIXED: tl.constexpr,  # a is [C]
+    LOG: tl.constexpr,  # a_ptr has log a
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    ACC: tl.constexpr = final_ptr.dtype.element_ty
+    EXACT: tl.constexpr = (
+        a_ptr.dtype.element_ty.primitive_bitwidth >= 32 or x_ptr.dtype.element_ty.primitive_bitwidth >= 32
+    )
+    chunks = tl.cdiv(T, chunk)
+    row = tl.program_id(0).to(tl.int64)  # of B * chunks
+    b = row // chunks
+    begin = (row % chunks).to(tl.int32) * chunk
+    end = tl.minimum(begin + chunk, T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
+
+    zero = tl.zeros([BLOCK_C], ACC)
+    h = (zero, zero) if PARTS == 2 else (zero,)
+    low = h
+    product = filled(1.0, h)
+    product_low = h
+    gate = _load_gate(a_ptr, c, in_c, h, LOG) if FIXED else None
+    if carry_ptr is not None:
+        h = load(carry_ptr, row * C + c, in_c, h)
+    elif (initial_ptr is not None) and (edge_ptr is None) and (h_ptr is not None):
+        h = load(initial_ptr, b * C + c, in_c, h)
+
+    offset = (b * T + (begin if STEP > 0 else T - 1 - begin)) * C + c
+    full = begin + (end - begin) // ROWS * ROWS
+    for t in range(begin, full, ROWS):
+        h, low, product, product_low = _forward_rows(
+            offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
+            t, end, c, in_c, C, STEP, LOG, ROWS, EXACT, False,
+        )  # fmt: skip
+        offset += ROWS * STEP
+    if full < end:
+        h, low, product, product_low = _forward_rows(
+            offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
+            full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,
+        )  # fmt: skip
+    if h_ptr is None:
+        store(final_ptr, row * C + c, plus(h, low), in_c)
+        store(final_ptr, (tl.num_programs(0) + row) * C + c, plus(product, product_low), in_c)
+    elif edge_ptr is None:
+        if end == T:
+            store(final_ptr, b * C + c, plus(h, low), in_c)
+
+
+@triton.jit
+def _reverse_rows(
+    offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
+    q, low, product, product_low, ga_sum, b, t, end, c, in_c,
+    C: tl.constexpr, STEP: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Run the adjoint over ROWS tokens from t on, the last first. Returns q and low before them."""
+    gates = ()
+    hs = ()
+    ghs = ()
+    for i in tl.static_range(ROWS):
+        in_row = before(t + i, end, c, C) if MASKED else in_c
+        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, q, LOG) if gate is None else gate,)
+        ghs = ghs + (load(gh_ptr, offset + i * STEP, in_row, q),)
+        if ga_ptr is not None:  # h of the token before; before the first one, nothing
+            in_row = before(0, t, c, C) if i == 0 else in_row
+            hs = hs + (load(h_ptr, offset + i * STEP - STEP, in_row, q),)
+    block_sum = filled(0.0, q)  # a sum of sums: a running sum of single terms would lose digits over a long T
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        if (not MASKED) or (end > t + i):
+            h_past = hs[i] if ga_ptr is not None else q
+            if edge_ptr is not None:
+                edge = tl.load(edge_ptr + t + i)
+                n = (edge >> 2).to(tl.int64)
+                if (edge & 2) != 0:
+                    low = filled(0.0, q)
+                    q = filled(0.0, q)
+                    if gfinal_ptr is not None:
+                        q = load(gfinal_ptr, n * C + c, in_c, q)
+                if (edge & 1) != 0:
+                    h_past = filled(0.0, q)
+                    if initial_ptr is not None:
+                        h_past = load(initial_ptr, n * C + c, in_c, q)
+            elif (i == 0) and (initial_ptr is not None):
+                if t == 0:
+                    h_past = load(initial_ptr, b * C + c, in_c, q)
+            g, low = plus_sum(q, low, ghs[i], EXACT)
+            if ga_ptr is not None:
+                gx = plus(g, low) if EXACT else g
+                store(gx_ptr, offset + i * STEP, gx, in_c)
+                ga = times(gx, conjugate(h_past))
+                if LOG:
+                    ga = times(ga, gates[i])
+                if gate is None:
+                    store(ga_ptr, offset + i * STEP, ga, in_c)
+                else:
+                    block_sum = plus(block_sum, ga)
+            else:
+                product, product_low = times_sum(conjugate(gates[i]), product, product_low, EXACT)
+            q, low = times_sum(conjugate(gates[i]), g, low, EXACT)
+            if (edge_ptr is not None) and (ginitial_ptr is not None) and (ga_ptr is not None):
+                if (edge & 1) != 0:
+                    store(ginitial_ptr, n * C + c, plus(q, low), in_c)
+    return q, low, product, product_low, plus(ga_sum, block_sum)
+
+
+@triton.jit(do_not_specialize=["T", "chunk"])
+def _linear_scan_bwd_kernel(
+    a_ptr,  # [C] or [B, T, C]
+    h_ptr,  # [B, T, C]
+    gh_ptr,  # [B, T, C]
+    initial_ptr,  # [N, C], or None
+    carry_ptr,  # [B * chunks, C], q after every chunk; None: a chunk is a sequence, or a summary is wanted
+    edge_ptr,  # int32 [T], or None
+    gfinal_ptr,  # [N, C], q after every sequence; None: zero
+    ga_ptr,  # [B, T, C], or terms of the sum [B * chunks, C]; None: a summary is wanted
+    gx_ptr,  # [B, T, C]
+    ginitial_ptr,  # [N, C], q before every sequence, or None; for summaries [2, B * chunks, C]
+    T,
+    chunk,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    FIXED: tl.constexpr,
+    LOG: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    EXACT: tl.constexpr = gh_ptr.dtype.element_ty.primitive_bitwidth >= 32
+    chunks = tl.cdiv(T, chunk)
+    row = tl.program_id(0).to(tl.int64)  # of B * chunks
+    b = row // chunks
+    begin = (row % chunks).to(tl.int32) * chunk
+    end = tl.minimum(begin + chunk, T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
+
+    zero = tl.zeros([BLOCK_C], ACC)
+    q = (zero, zero) if PARTS == 2 else (zero,)
+    low = q
+    product = filled(1.0, q)
+    product_low = q
+    ga_sum = q
+    gate = _load_gate(a_ptr, c, in_c, q, LOG) if FIXED else None
+    if carry_ptr is not None:
+        q = load(carry_ptr, row * C + c, in_c, q)
+    elif (gfinal_ptr is not None) and (edge_ptr is None) and (ga_ptr is not None):
+        q = load(gfinal_ptr, b * C + c, in_c, q)
+
+    full = begin + (end - begin) // ROWS * ROWS
+    offset = (b * T + (full if STEP > 0 else T - 1 - full)) * C + c
+    if full < end:
+        q, low, product, product_low, ga_sum = _reverse_rows(
+            offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
+            q, low, product, product_low, ga_sum, b, full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,
+        )  # fmt: skip
+    for t in range(full - ROWS, begin - 1, -ROWS):
+        offset -= ROWS * STEP
+        q, low, product, product_low, ga_sum = _reverse_rows(
+            offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
+            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, STEP, LOG, ROWS, EXACT, False,
+        )  # fmt: skip
+    if ga_ptr is None:
+        store(ginitial_ptr, row * C + c, plus(q, low), in_c)
+        store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, plus(product, product_low), in_c)
+    else:
+        if FIXED:
+            store(ga_ptr, row * C + c, ga_sum, in_c)
+        if (ginitial_ptr is not None) and (edge_ptr is None):
+            if begin == 0:
+                store(ginitial_ptr, b * C + c, plus(q, low), in_c)
+
+
+@triton.jit(do_not_specialize=["T", "chunk"])
+def _linear_scan_carry_kernel(
+    entry_ptr,  # [N, C], the state that enters the first chunk of every batch row; None: zero
+    summary_ptr,  # [2, B * chunks, C]
+    edge_ptr,  # int32 [T], or None
+    carry_ptr,  # [B * chunks, C], written: the state that enters every chunk
+    T,
+    chunk,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    BACKWARD: tl.constexpr,  # from the last chunk to the first
+    BLOCK_C: tl.constexpr,
+):
+    ACC: tl.constexpr = carry_ptr.dtype.element_ty
+    chunks = tl.cdiv(T, chunk)
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    zero = tl.zeros([BLOCK_C], ACC)
+    h = (zero, zero) if PARTS == 2 else (zero,)
+    low = h
+    if (entry_ptr is not None) and (edge_ptr is None):
+        h = load(entry_ptr, b * C + c, in_c, h)
+    for j in range(chunks):
+        i = chunks - 1 - j if BACKWARD else j
+        row = b * chunks + i
+        store(carry_ptr, row * C + c, plus(h, low), in_c)
+        if edge_ptr is not None:  # a chunk in which a sequence starts (backward: ends) carries nothing over
+            first = tl.load(edge_ptr + i * chunk)
+            last = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
+            resets = ((last & 2) if BACKWARD else (first & 1)) != 0
+            if resets | ((first >> 2) != (last >> 2)):
+                low = filled(0.0, h)
+                h = filled(0.0, h)
+        product = load(summary_ptr, (tl.num_programs(0).to(tl.int64) * chunks + row) * C + c, in_c, h)
+        h, low = times_sum(product, h, low, True)
+        h, low = plus_sum(h, low, load(summary_ptr, row * C + c, in_c, h), True)
+
+
+def linear_scan_fwd(
+    a: Tensor,
+    x: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward pass: h ``[B, T, C]`` and the final state ``[N, C]``."""
+    B, T, C = x.shape
+    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    launch = launch or scan_launch_for(x)
+    chunks = triton.cdiv(T, launch.chunk)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, final = torch.empty_like(x, dtype=dtype), x.new_empty(N, C, dtype=state_dtype)
+    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
+    grid = (B * chunks, triton.cdiv(C, launch.block_c))
+    shape, gates = _options(launch, C, dtype), {"STEP": -C if reverse else C, "FIXED": a.dim() == 1, "LOG": log}
+    gates["ROWS"] = SCAN_ROWS // shape["PARTS"]
+    a, x, initial, h_out, final_out = _as_parts(a, x, initial, h, final)
+
+    with torch.cuda.device_of(x):
+        carry = None
+        if chunks > 1:
+            summary, carry = _summaries(B * chunks, C, final)
+            _linear_scan_fwd_kernel[grid](a, x, initial, None, edges, None, summary, T, launch.chunk, **gates, **shape)
+            _linear_scan_carry_kernel[B, grid[1]](
+                initial, summary, edges, carry, T, launch.chunk, BACKWARD=False, **shape
+            )
+        _linear_scan_fwd_kernel[grid](a, x, initial, carry, edges, h_out, final_out, T, launch.chunk, **gates, **shape)
+    return h, final
+
+
+def linear_scan_bwd(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+    dtype: torch.dtype,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward pass: ga, gx (of this dtype) and, if there is one, the gradient of the initial state."""
+    B, T, C = h.shape
+    state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
+    launch = launch or scan_launch_for(h)
+    chunks = triton.cdiv(T, launch.chunk)
+    gx = torch.empty_like(h, dtype=dtype)
+    ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)
+    ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
+    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
+    grid = (B * chunks, triton.cdiv(C, launch.block_c))
+    shape, gates = _options(launch, C, h.dtype), {"STEP": -C if reverse else C, "FIXED": a.dim() == 1, "LOG": log}
+    gates |= {"ROWS": SCAN_BACKWARD_ROWS, "ACC": tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32}
+    a_in, h_in, gh, initial, gfinal = _as_parts(a, h, gh, initial, gfinal)
+    outputs = _as_parts(ga, gx, None if initial is None else ginitial)
+
+    with torch.cuda.device_of(h):
+        carry = None
+        if chunks > 1:
+            summary, carry = _summaries(B * chunks, C, ginitial)
+            _linear_scan_bwd_kernel[grid](
+                a_in, h_in, gh, initial, None, edges, gfinal, None, None, summary, T, launch.chunk, **gates, **shape
+            )
+            _linear_scan_carry_kernel[B, grid[1]](
+                gfinal, summary, edges, carry, T, launch.chunk, BACKWARD=True, **shape
+            )
+        _linear_scan_bwd_kernel[grid](
+            a_in, h_in, gh, initial, carry, edges, gfinal, *outputs, T, launch.chunk, **gates, **shape
+        )
+        if a.dim() == 1:
+            ga = ga.sum(0).to(a.dtype)
+    return ga, gx, ginitial
+
+
+def _options(launch: Launch, C: int, dtype: torch.dtype) -> dict[str, int]:
+    return {**launch.options(C), "PARTS": 2 if dtype.is_complex else 1}
+
+
+def _as_parts(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return what the kernels take complex tensors as."""
+    return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
+
+
+def _summaries(chunks: int, C: int, like: Tensor) -> list[Tensor | None]:
+    """Return memory for what comes out of every chunk and what goes into it."""
+    return _as_parts(like.new_empty(2, chunks, C), like.new_empty(chunks, C))

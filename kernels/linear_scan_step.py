@@ -1,0 +1,47 @@
+"""One token of the linear recurrence on a GPU, for text that is generated: h_t = a_t h_{t-1} + x_t."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastwkv.kernels.arithmetic import load, plus, store, times
+from fastwkv.kernels.config import FP_FUSION
+
+BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
+
+
+@triton.jit(do_not_specialize=["size"])
+def _linear_scan_step_kernel(
+    a_ptr,  # [C] or [B, C]
+    x_ptr,  # [B, C]
+    state_ptr,  # [B, C]
+    h_ptr,  # [B, C]
+    size,  # B * C
+    C: tl.constexpr,
+    PARTS: tl.constexpr,  # 2 for complex numbers, else 1
+    FIXED: tl.constexpr,  # a is [C]
+    LOG: tl.constexpr,  # a_ptr has log a
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    zero = tl.zeros([BLOCK], state_ptr.dtype.element_ty)
+    like = (zero, zero) if PARTS == 2 else (zero,)
+    a = load(a_ptr, i % C if FIXED else i, inside, like)
+    if LOG:
+        a = (tl.exp(a[0]),)
+    h = plus(times(a, load(state_ptr, i, inside, like)), load(x_ptr, i, inside, like))
+    store(h_ptr, i, h, inside)
+
+
+def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
+    """Run one token: the state after it, ``[B, C]``."""
+    h = torch.empty_like(state)
+    parts = [torch.view_as_real(t) if t.is_complex() else t for t in (a, x, state, h)]
+    with torch.cuda.device_of(x):
+        _linear_scan_step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            *parts, x.numel(), C=x.shape[1], PARTS=2 if state.is_complex() else 1, FIXED=a.dim() == 1, LOG=log,
+            BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return h
