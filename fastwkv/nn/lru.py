@@ -40,7 +40,7 @@ class LRU(nn.Module):
         y, state = lru(u, state, return_state=True)
         y_t, state = lru.step(u_t, state)
 
-    Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are float32 in 16-bit
+    Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are complex64 in 16-bit
     models and under autocast too. Built under ``torch.device("meta")`` it allocates nothing.
 
     Args:
@@ -52,7 +52,9 @@ class LRU(nn.Module):
             ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole text at once: it has no
             state and no step.
 
-    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as in its section 4.
+    At the start B is N(0, 1/2H) in each part, C N(0, 1) over its number of columns, and D is N(0, 1).
+
+    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as where it solves Pathfinder.
 
     """
 
@@ -170,12 +172,13 @@ class LRU(nn.Module):
         return complex_dtype(compute_dtypes(u, self.D)[1])
 
     def _multiplier(self, u: Tensor) -> Tensor:
+        """Return λ. It is computed in float64, since its error counts as many times as h remembers steps."""
         _, dtype = compute_dtypes(u, self.D)
         info = torch.finfo(dtype)
         # Beyond these bounds |λ| is 0 or a phase has no digits left, but gradients would be 0 times infinity.
-        nu_log = self.nu_log.to(dtype).clamp(math.log(least_decay(dtype)), math.log(-math.log(info.tiny)))
-        theta_log = self.theta_log.to(dtype).clamp(max=-math.log(info.eps))
-        return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp())
+        nu_log = self.nu_log.double().clamp(math.log(least_decay(dtype)), math.log(-math.log(info.tiny)))
+        theta_log = self.theta_log.double().clamp(max=-math.log(info.eps))
+        return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp()).to(complex_dtype(dtype))
 
     def _project(self, u: Tensor) -> Tensor:
         """Return exp(γ_log) ⊙ (B u), by one real product whose result lies in memory as complex numbers do."""
@@ -189,7 +192,7 @@ class LRU(nn.Module):
         products, _ = compute_dtypes(u, self.D)
         weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
         y = F.linear(torch.view_as_real(h).flatten(-2).to(products), weight.to(products))
-        return torch.addcmul(y, self.D.to(y.dtype), u.to(y.dtype)).to(u.dtype)
+        return torch.addcmul(y.to(products), self.D.to(products), u.to(products)).to(u.dtype)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
@@ -215,7 +218,7 @@ class LRUBlock(nn.Module):
         norm: "batch", as in the paper, or "layer".
         bidirectional: as for :class:`LRU`.
 
-    Source: arXiv 2303.06349, figure 1 and appendix C.
+    Source: arXiv 2303.06349, figure 1 and its appendix on the experiments.
 
     """
 

@@ -50,8 +50,8 @@ def complex_dtype(real: torch.dtype) -> torch.dtype:
 def least_decay(dtype: torch.dtype) -> float:
     """Return the least d for which a multiplier ``exp(-d + iθ)`` is below 1 in modulus whatever is rounded.
 
-    Two of the four units are for the roundings of exp(-d), cos θ, sin θ and the two products. The other two exceed
-    the error that one complex product adds to |h| (at most √5/2 units), so that a state without input never grows.
-    It still outlasts a million steps in float32.
+    Two of the four units are for the roundings of exp(-d), cos θ, sin θ and their products, should no wider dtype
+    compute them. The other two exceed what one complex product can add to |h|, √5/2 units, so that a state without
+    input never grows. In float32 it still outlasts a million steps.
     """
     return 4 * torch.finfo(dtype).eps
