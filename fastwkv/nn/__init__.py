@@ -3,14 +3,20 @@
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.generate import generate
 from fastwkv.nn.lru import LRU, LRUBlock
+from fastwkv.nn.mingru import MinGRU
 from fastwkv.nn.param_groups import param_groups
+from fastwkv.nn.rglru import RGLRU
 from fastwkv.nn.rwkv4 import RWKV4, RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
+from fastwkv.nn.s4d import S4D
 from fastwkv.nn.state import RWKV4State
 
 __all__ = [
     "LRU",
+    "RGLRU",
     "RWKV4",
+    "S4D",
     "LRUBlock",
+    "MinGRU",
     "RWKV4Block",
     "RWKV4ChannelMix",
     "RWKV4Config",

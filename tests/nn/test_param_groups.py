@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastwkv.nn import LRU, LRUBlock, param_groups
+from fastwkv.nn import LRU, S4D, LRUBlock, param_groups
 
 RECURRENT = ["nu_log", "theta_log", "gamma_log", "B_re", "B_im"]
 
@@ -18,6 +18,15 @@ def test_param_groups_exempt_the_recurrence() -> None:
     assert exempt == [f"{layer}.{name}" for layer in ("1.lru", "2") for name in RECURRENT]
     assert sorted(map(id, others["params"])) == sorted(names)
     torch.optim.AdamW(param_groups(model, 1e-2)).step()
+
+
+def test_param_groups_exempt_the_recurrence_of_s4d() -> None:
+    layer = S4D(3, 4)
+    recurrent, others = param_groups(layer, 1e-2)
+    assert [id(p) for p in recurrent["params"]] == [
+        id(layer.get_parameter(name)) for name in ("log_dt", "log_A_real", "A_imag", "B_re", "B_im")
+    ]
+    assert {id(p) for p in others["params"]} == {id(layer.C_re), id(layer.C_im), id(layer.D)}
 
 
 def test_param_groups_hold_a_tied_parameter_once_and_no_frozen_one() -> None:

@@ -4,13 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastwkv.nn import LRU, LRUBlock
+from fastwkv.nn import LRU, RGLRU, S4D, LRUBlock, MinGRU
 
 H = 6
 LAYERS = {
     "LRU": lambda: LRU(H, 5),
     "LRUBlock, batch": lambda: LRUBlock(H, 5),
     "LRUBlock, layer": lambda: LRUBlock(H, 5, norm="layer"),
+    "S4D, lin": lambda: S4D(H, 4),
+    "S4D, inv": lambda: S4D(H, 4, init="inv"),
+    "RGLRU": lambda: RGLRU(H),
+    "RGLRU, heads": lambda: RGLRU(H, heads=3),
+    "MinGRU": lambda: MinGRU(H, 5),
+    "MinGRU, positive": lambda: MinGRU(H, positive=True),
 }
 SAME = 2e-6  # relative L2 distance of two float32 computations of one thing
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -104,9 +110,9 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_gradients_flow_through_a_carried_state(name: str, stepwise: bool) -> None:
     layer, x = trained(name).double(), text(2, 9, dtype=torch.float64)
-    goal = torch.randn(2, 9, H, dtype=torch.float64)
-    parameters = list(layer.parameters())
-    expected = torch.autograd.grad((layer(x) * goal).sum(), parameters)
+    parameters, whole = list(layer.parameters()), layer(x)
+    goal = torch.randn_like(whole)
+    expected = torch.autograd.grad((whole * goal).sum(), parameters)
     if stepwise:
         y, _ = steps(layer, x)
     else:
@@ -144,17 +150,17 @@ def test_autocast_rounds_products_only(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-@every_layer
+# Not the blocks: norms and nn.Linear take the dtype of their parameters only.
+@pytest.mark.parametrize("name", [name for name in LAYERS if "Block" not in name])
 def test_layer_takes_an_input_of_another_precision(name: str) -> None:
     layer, x = trained(name), text(2, 7)
-    if not isinstance(layer, LRUBlock):  # where nn.Linear and the norms take their own dtype only
-        y, state = layer(x.bfloat16(), return_state=True)
-        assert y.dtype == torch.bfloat16
-        assert distance(y, layer(x.bfloat16().float())) < torch.finfo(torch.bfloat16).eps
-        y, state = layer(x.double(), return_state=True)
-        assert y.dtype == torch.float64
-        assert state.dtype in (torch.float64, torch.complex128)
-        assert distance(layer(x), y) < SAME
+    y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert distance(y, layer(x.bfloat16().float())) < torch.finfo(torch.bfloat16).eps
+    y, state = layer(x.double(), return_state=True)
+    assert y.dtype == torch.float64
+    assert state.dtype in (torch.float64, torch.complex128)
+    assert distance(layer(x), y) < SAME
 
 
 @every_layer
@@ -195,8 +201,20 @@ def test_every_parameter_has_a_gradient(name: str) -> None:
 def test_meta_tensors_give_shapes(name: str) -> None:
     layer = LAYERS[name]().to("meta").eval()
     y, state = layer(torch.empty(2, 7, H, device="meta"), return_state=True)
-    assert (y.shape, y.dtype) == ((2, 7, H), torch.float32)
+    assert (y.shape[:2], y.dtype) == ((2, 7), torch.float32)
     assert state.shape == layer.step(torch.empty(2, H, device="meta"))[1].shape
+
+
+@pytest.mark.parametrize("name", ["LRUBlock, batch", "S4D, lin", "RGLRU", "MinGRU"])
+def test_compiles_to_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    layer, x = trained(name), text(2, 9)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        y, state = layer(x, return_state=True)
+        y_compiled, state_compiled = compiled(x, return_state=True)
+    assert distance(y_compiled, y) < SAME
+    assert distance(state_compiled, state) < SAME
 
 
 @every_layer
