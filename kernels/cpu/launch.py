@@ -1,5 +1,7 @@
 """How the CPU kernels divide their work, and how tensors are made to fit their vectors."""
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ PARALLEL_ELEMENTS = 2**18
 WIDTH = 64
 # Pieces of work for each thread: more than one, so that a thread which the system delays can leave some to the others.
 PIECES_PER_THREAD = 2
+# torch.empty has fresh memory for every large tensor. In pages of 4 KiB the system takes longer to hand it out than a
+# scan takes for the rest: with huge pages (4, 4096, 256) in complex64 is done in a third of the time.
+HUGE_PAGE = 2**21
 
 
 def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
@@ -38,6 +43,28 @@ def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     """Return what the kernels take tensors as, 0 for None. The caller keeps the tensors alive."""
     return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+
+def _system_call() -> Any:
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
+
+
+_madvise = _system_call() if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
+def large_empty_like(t: Tensor) -> Tensor:
+    """Return ``torch.empty_like(t)``, in huge pages if it is large and the system has them."""
+    result = torch.empty_like(t)
+    first = -(-result.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (result.data_ptr() + result.nbytes) // HUGE_PAGE * HUGE_PAGE - first
+    if size > 0 and _madvise is not None:
+        _madvise(first, size, mmap.MADV_HUGEPAGE)  # advice: it may fail
+    return result
 
 
 def fits(t: Tensor, dtype: torch.dtype) -> bool:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, large_empty_like, run, sequence_bounds
 from fastwkv.kernels.cpu.linear_scan_bwd import linear_scan_bwd
 from fastwkv.kernels.cpu.linear_scan_state import ROWS, added, kind, load_multiplier, scaled, total
 from fastwkv.kernels.cpu.numerics import inlined, kernel, load, prefetch, splat, store
@@ -152,7 +152,7 @@ def linear_scan_fwd(
     bounds = sequence_bounds(T, cu_seqlens)
     a, x, initial = a.contiguous(), x.contiguous(), None if initial is None else initial.contiguous()
     N = B * (len(bounds) - 1)
-    h, final = torch.empty_like(x), x.new_empty((N, C), dtype=state_dtype)
+    h, final = large_empty_like(x), x.new_empty((N, C), dtype=state_dtype)
     C *= 2 if x.is_complex() else 1
     step = -1 if reverse else 1
     arguments = *addresses(a, x, h, initial, final), bounds, (T, C), (step, 0 if a.dim() == 1 else step * C)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
+from fastwkv.kernels.cpu.launch import addresses, fits, fitted, large_empty_like, run, sequence_bounds
 from fastwkv.kernels.cpu.linear_scan_state import (
     ROWS,
     added,
@@ -147,8 +147,8 @@ def linear_scan_bwd(
     a, h, gh = a.contiguous(), h.contiguous(), gh.contiguous()
     initial, gfinal = (None if t is None else t.contiguous() for t in (initial, gfinal))
     fixed = a.dim() == 1
-    gx = torch.empty_like(h)
-    ga = h.new_empty((N, C), dtype=state_dtype) if fixed else torch.empty_like(h)
+    gx = large_empty_like(h)
+    ga = h.new_empty((N, C), dtype=state_dtype) if fixed else large_empty_like(h)
     ginitial = h.new_empty(0 if initial is None else (N, C), dtype=state_dtype)
     C *= 2 if h.is_complex() else 1
     step = -1 if reverse else 1
