@@ -28,12 +28,14 @@ def checkpoint_shape(B: int, T: int, C: int) -> tuple[int, int, int]:
 
 def launch_for(k: Tensor, acc: torch.dtype) -> Launch:
     """Choose the launch shape for WKV on the device of k."""
-    return wkv_launch(*k.shape, _multiprocessors(k), acc.itemsize)
+    B, T, C = k.shape
+    return wkv_launch(B, T, C, _multiprocessors(k), acc.itemsize)
 
 
 def scan_launch_for(x: Tensor) -> Launch:
     """Choose the launch shape for the linear scan on the device of x."""
-    return scan_launch(*x.shape, _multiprocessors(x), x.dtype.itemsize)
+    B, T, C = x.shape
+    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize)
 
 
 def _multiprocessors(t: Tensor) -> int:

@@ -67,7 +67,7 @@ def fwd_block(
             d = tl.fma(-age, w, anchor - k)
             if y_ptr is not None:
                 past, now = weigh(d - u)
-                y = ratio(past * num + now * v, past * den + now)
+                y = ratio(tl.fma(past, num, now * v), tl.fma(past, den, now))
                 tl.store(y_ptr + offset + i * C, y, mask=in_c)
             num, den, anchor, age = absorb(num, den, anchor, age, d, w, v, 1.0, k, 1.0)
             if (edge_ptr is not None) and (y_ptr is not None):

@@ -60,7 +60,7 @@ def _recompute(
         d = tl.fma(-age, w, anchor - ks[i])
 
         past, now = weigh(d - u)
-        total = past * den + now
+        total = tl.fma(past, den, now)
         inverse = tl.where(total < tiny(total), 0.0, 1.0 / total)
         s = now * inverse
         gy_past = gys[i] * (past * den_past * inverse)
@@ -103,26 +103,25 @@ def _reverse(
                     gm = tl.load(gfinal_ptr + n * C + c, mask=in_c, other=0.0)
                     gl = tl.load(gfinal_ptr + field + n * C + c, mask=in_c, other=0.0)
         decay = tl.where(in_row, decays[i], 1.0)
-        alpha = alphas[i]
-        beta = gm * slopes[i]
+        both = tl.fma(gm, slopes[i], alphas[i])  # α + β
         gl_past = gl * decay
         if gk_ptr is not None:
-            gk_past = alpha + beta
-            gw_term = tl.where(in_row, beta - gl_past, 0.0)
-            gu_term = alpha
+            gk_past = both
+            gw_term = tl.where(in_row, tl.fma(gm, slopes[i], -gl_past), 0.0)
+            gu_term = alphas[i]
             if initial_ptr is not None:  # that an empty state counts as den = 1 is for num and den alone
                 gk_past = tl.where(not_empty[i], gk_past, 0.0)
                 gw_term = tl.where(not_empty[i], gw_term, 0.0)
                 gu_term = tl.where(not_empty[i], gu_term, 0.0)
-            tl.store(gv_ptr + offset + i * C, gys_now[i] + gm * rs[i], mask=in_row)
-            tl.store(gk_ptr + offset + i * C, gk_past + gl * rs[i], mask=in_row)
+            tl.store(gv_ptr + offset + i * C, tl.fma(gm, rs[i], gys_now[i]), mask=in_row)
+            tl.store(gk_ptr + offset + i * C, tl.fma(gl, rs[i], gk_past), mask=in_row)
             gw_block += gw_term
             gu_block += gu_term
         else:
-            b = decay * b - slopes[i] * a
+            b = tl.fma(decay, b, -(slopes[i] * a))
             a = decay * a
-        gl = gl_past - alpha - beta
-        gm = gm * decay + gys_past[i]
+        gl = gl_past - both
+        gm = tl.fma(gm, decay, gys_past[i])
         if (edge_ptr is not None) and (ginitial_ptr is not None):
             if (edge & 1) != 0:
                 tl.store(ginitial_ptr + n * C + c, gm, mask=in_c)
@@ -247,8 +246,8 @@ def _wkv_bwd_carry_kernel(
         cl = tl.load(summary_ptr + field + offset, mask=in_c, other=0.0)
         past = tl.load(summary_ptr + 2 * field + offset, mask=in_c, other=0.0)
         mixed = tl.load(summary_ptr + 3 * field + offset, mask=in_c, other=0.0)
-        gl = past * gl + mixed * gm + cl
-        gm = past * gm + cm
+        gl = tl.fma(past, gl, tl.fma(mixed, gm, cl))
+        gm = tl.fma(past, gm, cm)
 
 
 def wkv_bwd(

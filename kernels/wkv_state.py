@@ -44,8 +44,8 @@ def absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, steps):
     d -= steps * w
     past, now = weigh(d)
     stays = d >= 0
-    num = past * num + now * num_new
-    den = past * den + now * den_new
+    num = tl.fma(past, num, now * num_new)
+    den = tl.fma(past, den, now * den_new)
     return num, den, tl.where(stays, anchor, p_new), tl.where(stays, age + steps, 0.0)
 
 

@@ -34,7 +34,7 @@ def _add(num, den, d, d_low, v):
     e = tl.fma(e, tl.where(near, -d_low, d_low), e)
     past = tl.where(near, 1.0, e)
     now = tl.where(near, e, 1.0)
-    return past * num + now * v, past * den + now, near
+    return tl.fma(past, num, now * v), tl.fma(past, den, now), near
 
 
 @triton.jit(do_not_specialize=["size"])

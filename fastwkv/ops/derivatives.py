@@ -8,6 +8,11 @@ def differentiated(inputs: list[Tensor]) -> bool:
     """Whether a derivative may be asked for, in reverse or in forward mode."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return True
+    return in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are carried along."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastwkv.kernels.launch import packed_edges, scan_dtypes
 from fastwkv.ops import checks
-from fastwkv.ops.derivatives import differentiated, differentiated_again
+from fastwkv.ops.derivatives import differentiated, differentiated_again, in_forward_mode
 from fastwkv.ops.library import register
 
 
@@ -105,7 +105,9 @@ def linear_scan(
         a, x = a.to(dtype), x.to(dtype)
     a, x, initial = _plain(a), _plain(x), None if initial_state is None else _plain(initial_state)
     inputs = [a, x] if initial is None else [a, x, initial]
-    scan = LinearScan.apply if differentiated(inputs) else torch.ops.fastwkv.linear_scan_fwd
+    scan = torch.ops.fastwkv.linear_scan_fwd
+    if differentiated(inputs):
+        scan = (_DualLinearScan if in_forward_mode() else LinearScan).apply
     h, final = scan(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-untyped-call]
     return (h, final) if return_state else h
 
@@ -163,7 +165,6 @@ class LinearScan(torch.autograd.Function):
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, initial, cu_seqlens, output[0])
-        ctx.save_for_forward(a, initial, cu_seqlens, output[0])
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -179,6 +180,17 @@ class LinearScan(torch.autograd.Function):
             a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype
         )
         return ga, gx, None if initial is None else ginitial, None, None, None
+
+
+class _DualLinearScan(LinearScan):
+    """The same in forward mode. On its own, since torch.compile refuses what defines a tangent."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the tangent needs too."""
+        LinearScan.setup_context(ctx, inputs, output)
+        a, _, initial, cu_seqlens, _, _ = inputs
+        ctx.save_for_forward(a, initial, cu_seqlens, output[0])
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
