@@ -1,5 +1,6 @@
 """The diagonal linear recurrence: the public function, its autograd and its registration."""
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -105,10 +106,10 @@ def linear_scan(
         a, x = a.to(dtype), x.to(dtype)
     a, x, initial = _plain(a), _plain(x), None if initial_state is None else _plain(initial_state)
     inputs = [a, x] if initial is None else [a, x, initial]
-    scan = torch.ops.fastwkv.linear_scan_fwd
+    scan: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastwkv.linear_scan_fwd
     if differentiated(inputs):
         scan = (_DualLinearScan if in_forward_mode() else LinearScan).apply
-    h, final = scan(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-untyped-call]
+    h, final = scan(a, x, initial, cu_seqlens, log, reverse)
     return (h, final) if return_state else h
 
 
