@@ -17,8 +17,8 @@ without it.
 Complex numbers lie in vectors as real and imaginary parts by turns. With re and im the parts of a, both written twice,
 a h is re h + (-im, im) (h with its parts exchanged), a sum of two products whose errors are known in the same way.
 
-A gate e^{log a} too is a sum of two numbers: near 1, e^x - 1 is known far better than e^x can be written. A memory of
-10^4 steps in float32 would otherwise be wrong by 10^-4.
+A gate e^{log a} too is a sum of two numbers: near 1, e^x - 1 is known far better than e^x can be written. With one
+float32, h is wrong by 5e-5 after 8192 steps of log a = -1e-4.
 
 Two vectors go side by side through 16 steps, since each step waits for the one before. Work is split over sequences and
 channels, never over time: results do not depend on the number of threads. A fixed a is a row that is read, out of the
@@ -163,5 +163,7 @@ def linear_scan_fwd(
 
 def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
     """Return a state + x."""
-    a = a.to(state.dtype)
-    return torch.addcmul(x.to(state.dtype), a.exp() if log else a, state)
+    if log:
+        # One number of float32 is not enough for e^{log a} near 1, here either.
+        return torch.addcmul(x.double(), a.double().exp(), state.double()).to(state.dtype)
+    return torch.addcmul(x.to(state.dtype), a.to(state.dtype), state)

@@ -5,7 +5,7 @@ import torch
 from numba import njit
 
 from fastwkv.kernels.cpu import numerics
-from fastwkv.kernels.cpu.numerics import TAGS, exp, load, store
+from fastwkv.kernels.cpu.numerics import TAGS, exp, exp_pair, load, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES
 from fastwkv.kernels.cpu.wkv import _wkv_fwd_kernel
 
@@ -14,6 +14,14 @@ from fastwkv.kernels.cpu.wkv import _wkv_fwd_kernel
 def _exp(x_ptr, y_ptr, count, lanes, tag):
     for i in range(0, count, lanes):
         store(y_ptr, i, exp(load(x_ptr, i, tag)), tag)
+
+
+@njit
+def _exp_pair(x_ptr, y_ptr, low_ptr, count, lanes, tag):
+    for i in range(0, count, lanes):
+        y, low = exp_pair(load(x_ptr, i, tag))
+        store(y_ptr, i, y, tag)
+        store(low_ptr, i, low, tag)
 
 
 @njit
@@ -40,11 +48,29 @@ def convert(x, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponential_is_accurate_to_two_units_in_the_last_place(dtype):
-    smallest = -87 if dtype == torch.float32 else -708
-    x = torch.cat((torch.linspace(smallest, 80, 2**16, dtype=dtype), -torch.logspace(-40, 0, 2**12, dtype=dtype)))
+    smallest, largest = (-87, 80) if dtype == torch.float32 else (-708, 700)
+    x = torch.cat((torch.linspace(smallest, largest, 2**16, dtype=dtype), -torch.logspace(-40, 0, 2**12, dtype=dtype)))
     exact = x.numpy().astype(np.longdouble)
     error = np.abs(exponential(x).numpy() - np.exp(exact)) / np.exp(exact)
     assert error.max() < 1.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pair_of_an_exponential_has_digits_beyond_its_dtype(dtype):
+    x = torch.cat([sign * torch.logspace(-12, 1, 2**12, dtype=dtype) for sign in (1, -1)])
+    y, low = torch.empty_like(x), torch.empty_like(x)
+    _exp_pair(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
+    precise = np.longdouble if dtype == torch.float64 else np.float64
+    exact, eps = np.exp(x.numpy().astype(precise)), torch.finfo(dtype).eps
+    assert (np.abs(y.numpy() - exact) <= 1.5 * eps * exact).all()
+    error = np.abs(y.numpy().astype(precise) + low.numpy() - exact)
+    assert (error <= eps * np.minimum(4.5 * np.abs(x.numpy()), 0.7) * exact + 1e-19).all()
+    x = torch.tensor([-torch.inf, -1e9, torch.nan]).to(dtype).repeat(16)
+    y, low = torch.empty_like(x), torch.empty_like(x)
+    _exp_pair(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
+    assert torch.equal(y[:2], torch.zeros(2, dtype=dtype))
+    assert torch.equal(low[:2], torch.zeros(2, dtype=dtype))
+    assert y[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
