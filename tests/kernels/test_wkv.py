@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparison import relative_error
 from guarded import GuardedMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import Implementation
-from wkv_cases import ORDINARY, cases, expected, make_case, relative_error
+from wkv_cases import ORDINARY, cases, expected, make_case
 
 from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch, wkv_launch
 

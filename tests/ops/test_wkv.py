@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comparison import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wkv_cases import ORDINARY, Case, assert_close, cases, expected, make_case, relative_error, run, state_invariants
+from wkv_cases import ORDINARY, Case, cases, expected, make_case, run, state_invariants
 
 from fastwkv import WKVState, wkv, wkv_step
 

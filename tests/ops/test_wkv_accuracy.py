@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from wkv_cases import ORDINARY, assert_close, expected, make_case, relative_error, run, state_invariants
+from comparison import assert_close, relative_error
+from wkv_cases import ORDINARY, expected, make_case, run, state_invariants
 
 from fastwkv import WKVState, wkv, wkv_step
 

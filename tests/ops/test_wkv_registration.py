@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from wkv_cases import assert_close, make_case, run
+from comparison import assert_close
+from wkv_cases import make_case, run
 
 from fastwkv import WKVState, wkv, wkv_step
 

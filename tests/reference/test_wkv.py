@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from comparison import assert_close
 from hypothesis import given, settings
-from wkv_cases import assert_close, cases, make_case, run
+from wkv_cases import cases, make_case, run
 
 from fastwkv import WKVState, reference
 

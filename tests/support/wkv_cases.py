@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from comparison import Results
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,15 +119,6 @@ def cases(draw, max_tokens: int = 40, dtypes: tuple = DTYPES, packed: bool | Non
     return case
 
 
-@dataclass(frozen=True)
-class Results:
-    """Outputs and gradients of one call. States appear through what does not depend on their scale."""
-
-    y: Tensor
-    state: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
 def run(function, case: Case, device: torch.device | str = "cpu", *, exact: bool = False, backward: bool = True):
     """Call ``function`` and differentiate a random loss on y and on both invariants of the final state."""
     w, u, k, v, initial, cut = case.arguments(device, exact=exact)
@@ -160,27 +152,3 @@ def state_invariants(state: WKVState) -> dict[str, Tensor]:
 def expected(case: Case, **options) -> Results:
     """Run the float64 reference."""
     return run(reference.wkv_loop, case, exact=True, **options)
-
-
-def relative_error(result: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """Return ‖result - reference‖ / (‖reference‖ + floor √n), NaN if the result has one."""
-    result, reference = result.double().cpu(), reference.double().cpu()
-    size = reference.norm().item() + floor * reference.numel() ** 0.5
-    error = (result - reference).norm().item()
-    return error / size if size else error
-
-
-def assert_close(
-    results: Results, reference: Results, bounds: tuple[float, float], floor: float = 0.0, **special: float
-) -> None:
-    """Compare every output and every gradient with ``bounds``; ``special`` bounds a gradient by name.
-
-    Of a few elements one may be the small difference of large terms. Values and cotangents are drawn of size 1, so
-    with ``floor=1`` small samples are measured on the scale of the terms.
-    """
-    wanted = {"y": reference.y, **reference.state, **reference.gradients}
-    actual = {"y": results.y, **results.state, **results.gradients}
-    allowed = {name: special.get(name, bounds[name in reference.gradients]) for name in wanted}
-    errors = {name: relative_error(actual[name], wanted[name], floor) for name in wanted}
-    wrong = {n: f"{errors[n]:.1e} > {allowed[n]:.1e}" for n in wanted if not errors[n] <= allowed[n]}  # NaN is wrong
-    assert not wrong, f"relative errors {wrong} among {errors}"
