@@ -10,7 +10,7 @@ multiply-add and that of a sum from further sums (Knuth's):
     p = a h        e = fma(a, h, -p)          a h = p + e
     s = p + x      f = the error of s         p + x = s + f          h_t = s,   low_t = a low_{t-1} + e + f
 
-What is written is h + low, rounded once: however many steps there are, and if no step forgets anything (|a| = 1), a
+What is written is h + low, rounded once: however many steps there are, and even if none forgets anything (|a| = 1), a
 result is about as exact as the last rounding. Memory is the limit, so that this costs little. Sums for 16 bits do
 without it.
 
@@ -41,8 +41,9 @@ __all__ = ["linear_scan_bwd", "linear_scan_fwd", "linear_scan_step"]
 
 
 @inlined
-def _token(a_ptr, a_index, a_ahead, x_ptr, h_ptr, index, ahead, h, low, storage, sums, pairs, exact, log):
+def _token(pointers, a_index, a_ahead, index, ahead, h, low, storage, sums, pairs, exact, log):
     """Take in a token of one vector of channels, and write its result."""
+    a_ptr, x_ptr, h_ptr = pointers
     re, im, a_low, _ = load_multiplier(a_ptr, a_index, False, storage, sums, pairs, log)
     x = load(x_ptr, index, storage)
     prefetch(a_ptr, a_index + a_ahead, storage)
@@ -62,7 +63,7 @@ def _linear_scan_fwd_kernel(
     final_ptr,  # [N, C]
     bounds,  # where the sequences of one batch row begin and end
     shape,  # T, C
-    steps,  # from one token to the next: rows of x, 1 or -1, and elements of a
+    steps,  # from one token to the next in the order of the scan: rows of x (1 or -1), elements of a (0 if it is fixed)
     work,  # channels in a block, first and last unit of work
     storage,  # tag of what has a time
     sums,  # tag of the rest
@@ -77,6 +78,7 @@ def _linear_scan_fwd_kernel(
     carried = np.empty(2 * width + 3 * lanes, sums.dtype)
     state = carried.ctypes.data
     state += -state % VECTOR_BYTES
+    pointers = a_ptr, x_ptr, h_ptr
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
         token = batch * T + (start if step > 0 else stop - 1)
@@ -96,36 +98,10 @@ def _linear_scan_fwd_kernel(
                 ahead, a_ahead = ROWS * C * step, ROWS * a_step
                 for _ in range(rows):
                     h_c, low_c = _token(
-                        a_ptr,
-                        a_index + c,
-                        a_ahead,
-                        x_ptr,
-                        h_ptr,
-                        index + c,
-                        ahead,
-                        h_c,
-                        low_c,
-                        storage,
-                        sums,
-                        pairs,
-                        exact,
-                        log,
+                        pointers, a_index + c, a_ahead, index + c, ahead, h_c, low_c, storage, sums, pairs, exact, log
                     )
                     h_d, low_d = _token(
-                        a_ptr,
-                        a_index + d,
-                        a_ahead,
-                        x_ptr,
-                        h_ptr,
-                        index + d,
-                        ahead,
-                        h_d,
-                        low_d,
-                        storage,
-                        sums,
-                        pairs,
-                        exact,
-                        log,
+                        pointers, a_index + d, a_ahead, index + d, ahead, h_d, low_d, storage, sums, pairs, exact, log
                     )
                     index += step * C
                     a_index += a_step

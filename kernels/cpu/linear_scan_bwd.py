@@ -61,7 +61,7 @@ def _linear_scan_bwd_kernel(
     ginitial_ptr,  # [N, C] or 0
     bounds,  # where the sequences of one batch row begin and end
     shape,  # T, C
-    steps,  # from one token to the next: rows of x, 1 or -1, and elements of a
+    steps,  # from one token to the next in the order of the scan: rows of x (1 or -1), elements of a (0 if it is fixed)
     work,  # channels in a block, first and last unit of work
     storage,  # tag of what has a time
     sums,  # tag of the rest

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numba import njit
 
+from fastwkv.kernels.cpu import launch
 from fastwkv.kernels.cpu.linear_scan import _linear_scan_fwd_kernel, linear_scan_bwd, linear_scan_fwd, linear_scan_step
 from fastwkv.kernels.cpu.linear_scan_bwd import _linear_scan_bwd_kernel
 from fastwkv.kernels.cpu.linear_scan_state import kind
@@ -247,6 +248,18 @@ def test_gradients_are_accurate_after_many_steps(dtype, reverse):
         expected = torch.autograd.grad(outputs, inputs, (gh.to(wide(dtype)), initial.to(wide(dtype))))
         for p, q in zip(gradients, expected, strict=True):
             assert error(p, q) < 2e-7
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_large_results_with_and_without_huge_pages(huge_pages, monkeypatch):
+    if not huge_pages:
+        monkeypatch.setattr(launch, "_madvise", None)
+    x = random(2, 2048, 300, seed=1, dtype=torch.complex64)  # 5 pages of 2 MiB, and no multiple of one
+    a = multipliers(300, dtype=torch.complex64)
+    h, final = linear_scan_fwd(a, x, None, None, False, False)
+    assert torch.equal(h[:, -1], final)
+    assert torch.equal(h[:1, :9], linear_scan_fwd(a, x[:1, :9], None, None, False, False)[0])
+    assert torch.equal(h[1:], linear_scan_fwd(a, x[1:], None, None, False, False)[0])
 
 
 def test_offsets_are_checked_where_memory_is_touched():
