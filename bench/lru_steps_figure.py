@@ -62,7 +62,7 @@ def _title(figure: Figure, record: Json) -> None:
     device, seeds = record["device"], record["settings"]["seeds"]
     threads = f"{device['threads']} thread{'s' * (device['threads'] > 1)}"
     where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {threads}"
-    trained = f"{seeds} trainings each" if seeds > 1 else "one training each"
+    trained = f"{seeds} trainings each (points, bands)" if seeds > 1 else "one training each"
     figure.text(0.02, 0.935, "From a tanh RNN to the LRU: what makes a recurrence remember", fontsize=23, weight="bold")
     line = f"Networks alike but for the recurrence, with equally many parameters  ·  {trained}  ·  {where}"
     figure.text(0.02, 0.885, line, fontsize=14, color="#5a5a5a")
@@ -97,7 +97,7 @@ def _digits(axes: Axes, record: Json) -> None:
 
 def _copy(axes: Axes, record: Json) -> None:
     """One line a model and delay: the mean of the seeds, in a band from the lowest to the highest."""
-    axes.set_title("Copy memory: ten symbols, repeated after a delay", loc="left", fontsize=14.5, pad=12)
+    axes.set_title("Copy memory: ten symbols, after a delay", loc="left", fontsize=14.5, pad=12)
     axes.set(xlabel="training steps", ylabel="symbols right (%)", ylim=(0, 103))
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.axhline(CHANCE["copy"], color=FAINT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
@@ -121,7 +121,7 @@ def _copy(axes: Axes, record: Json) -> None:
     if not ends:
         axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color=FAINT)
     else:
-        axes.set_xlim(0, max(x for x, _ in ends.values()))
+        axes.set_xlim(0, max(x for x, _ in ends.values()) + every / 2)
         _labels(axes, ends)
 
 
