@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +30,12 @@ def about_device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def about_software() -> dict[str, Any]:
-    """Describe versions, the commit of this checkout (None outside one) and the time."""
+def about_software(peers: Iterable[str] = ()) -> dict[str, Any]:
+    """Describe versions, those of the peers that are installed too, the commit of this checkout and the time."""
+    versions = {name: _version(name) for name in PACKAGES}
+    versions |= {name: version for name in peers if (version := _version(name))}
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions,
         "system": platform.system(),
         "commit": _commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,10 +1,15 @@
-"""How far WKV and its gradients are from the float64 reference: this package beside its peers.
+"""How far the operators and their gradients are from the float64 reference: this package beside its peers.
 
-Error: ‖result - reference‖₂ / ‖reference‖₂, for y and for the gradients of k, v, u, w and the initial state (its three
-fields as one vector) of the loss Σ gy·y. The reference is a float64 loop under autograd, on the same rounded inputs.
+Error: ‖result - reference‖₂ / ‖reference‖₂, for the output and for the gradients of the inputs and the initial state
+(of WKV's, the three fields as one vector) of the loss Σ gy·y. The reference is a float64 loop under autograd, on the
+same rounded inputs.
 
-Inputs: "ordinary" are normal keys and values with the decays of a freshly initialised RWKV-4; "adversarial" have k
-uniform within ±60 and w log-uniform from 1e-6 to 20. In bfloat16 k, v and gy are; w, u and the state are float32.
+Inputs of wkv: "ordinary" are normal keys and values with the decays of a freshly initialised RWKV-4; "adversarial" have
+k uniform within ±60 and w log-uniform from 1e-6 to 20. In bfloat16 k, v and gy are; w, u and the state are float32.
+
+Inputs of linear_scan, and of linear_scan_fixed, whose multiplier is the same at every token: "ordinary" have |a| from
+0.9 to 0.999 and any phase, or real gates, sigmoids of normal numbers about 3; "adversarial" have |a| = 1 and any phase,
+or a = 1 and positive x. In bfloat16 all but the state are; fla takes log a, in the same dtype.
 
 Without a GPU the Triton kernels are interpreted on the CPU. That takes long, so only the others get long sequences.
 """
@@ -15,7 +20,6 @@ import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +31,19 @@ if not GPU:
 
 try:
     import result_file
-    import wkv_inputs
     from about import about_device, about_software
-    from command_line import DTYPES, Parser, check_writable, names, positive
-    from providers import (
-        FastWKV,
-        Fla,
-        FlaInterpreted,
-        HuggingFace,
-        Loop,
-        Provider,
-        interpreted_kernels,
-        not_installed,
-        rounding_interpreter,
-    )
+    from command_line import COMPLEX_DTYPES, DTYPES, Parser, check_writable, names, positive
+    from operator_base import Inputs, Operator, Shape, relative_error
+    from operators import OPERATORS
+    from providers import Provider, interpreted_kernels, not_installed, rounding_interpreter, untuned
     from torch import Tensor
     from tqdm import tqdm
-
-    from fastwkv import WKVState
 except ImportError as error:
     sys.exit(f"accuracy.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-INPUTS = {"ordinary": wkv_inputs.ordinary, "adversarial": wkv_inputs.adversarial}
-RESULTS = ("y", "gk", "gv", "gu", "gw", "gstate")
-WIDE = ("gu", "gw", "gstate")  # float32 beside 16-bit k and v
-BOUNDS = {  # what this package promises, of y, of gradients and of gw
-    ("ordinary", "float32"): (5e-7, 2e-6, 2e-6),
-    ("adversarial", "float32"): (2e-6, 5e-6, 2e-5),
-    ("ordinary", "float64"): (1e-12, 1e-12, 1e-12),
-    ("adversarial", "float64"): (1e-12, 1e-12, 1e-12),
-}
-ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4}  # of what is stored in 16 bits
+ALL_DTYPES = DTYPES | COMPLEX_DTYPES
+INPUTS = ("ordinary", "adversarial")
+NO_PEERS = ("fastwkv", "reference")  # the first is here twice, the second is what the others are compared with
 
 
 @dataclass(frozen=True)
@@ -70,81 +56,99 @@ class Subject:
     interpreted: bool = False
     kernels: bool = False  # ours, in Triton
 
-    def missing(self) -> str | None:
-        """Return why it cannot run, None if it can."""
+    def missing(self, inputs: Inputs) -> str | None:
+        """Return why it cannot run on these inputs, None if it can."""
         if self.kernels:
             return not_installed("triton")
-        return self.provider.missing(self.device)
+        missing = self.provider.missing(self.device, interpreted=self.interpreted)
+        return missing or self.provider.refuses("forward+backward", inputs)
 
 
-def subjects() -> dict[str, Subject]:
+@dataclass(frozen=True)
+class Case:
+    """An operator, its inputs and who is measured on them."""
+
+    operator: Operator
+    kind: str
+    dtype: str
+    shape: Shape
+    subjects: dict[str, Subject]
+
+
+def subjects(operator: Operator) -> dict[str, Subject]:
     """Return who can be measured, by the name that --providers takes."""
     cpu, accelerator = torch.device("cpu"), torch.device("cuda" if GPU else "cpu")
-    how = "Triton" if GPU else "Triton, interpreted"
-    return {
-        "fastwkv-cpu": Subject("fastwkv (CPU)", FastWKV(), cpu),
-        "fastwkv-triton": Subject(f"fastwkv ({how})", FastWKV(), accelerator, not GPU, kernels=True),
-        "loop": Subject("PyTorch loop (CPU)", Loop(), cpu),
-        "hf": Subject("Hugging Face loop (CPU)", HuggingFace(), cpu),
-        "fla": Subject(f"fla ({how})", Fla() if GPU else FlaInterpreted(), accelerator, not GPU),
+    interpreted = "" if GPU else ", interpreted"
+    ours = operator.providers["fastwkv"]
+    found = {
+        "fastwkv-cpu": Subject("fastwkv (CPU)", ours, cpu),
+        "fastwkv-triton": Subject(f"fastwkv (Triton{interpreted})", ours, accelerator, not GPU, kernels=True),
     }
+    for name, peer in operator.providers.items():
+        if peer.language:
+            how = peer.language + interpreted * (peer.language == "Triton")
+            found[name] = Subject(f"{peer.label} ({how})", peer, accelerator, not GPU)
+        elif name not in NO_PEERS:
+            found[name] = Subject(f"{peer.label} (CPU)", peer, cpu)
+    return found
 
 
-def errors(subject: Subject, inputs: wkv_inputs.Inputs, wanted: dict[str, Tensor]) -> dict[str, float]:
+def errors(subject: Subject, operator: Operator, inputs: Inputs, wanted: dict[str, Tensor]) -> dict[str, float]:
     """Run a subject forward and backward and compare."""
     provider, device = subject.provider, subject.device
-    tensors = (provider.decay(inputs), inputs.u, inputs.k, inputs.v, *inputs.state)
-    decay, u, k, v, *state = (t.detach().to(device, copy=True).requires_grad_() for t in tensors)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=True).requires_grad_()
+
+    leaves, states = [leaf(one) for one in provider.leaves(inputs)], [leaf(one) for one in inputs.states]
     with ExitStack() as stack:
         if subject.interpreted:
             stack.enter_context(rounding_interpreter())
-            if subject.kernels:
-                stack.enter_context(interpreted_kernels())
-        y = provider.wkv(decay, u, k, v, provider.state(WKVState(*state), k))
-        gw, gu, gk, gv, *gstate = torch.autograd.grad(y, (decay, u, k, v, *state), inputs.gy.to(y))
-    gw = provider.gradient_of_w(gw.cpu(), inputs.w)
-    results = {"y": y, "gk": gk, "gv": gv, "gu": gu, "gw": gw, "gstate": torch.stack(gstate)}
-    return {name: wkv_inputs.relative_error(results[name], wanted[name]) for name in RESULTS}
+            stack.enter_context(interpreted_kernels() if subject.kernels else untuned())
+        output = provider.forward(leaves, provider.initial(states, leaves))
+        gradient = provider.gradient_of_output(inputs).to(output)
+        gradients = torch.autograd.grad(output, (*leaves, *states), gradient)
+    results = dict(zip((operator.output, *operator.gradients), (output, *gradients), strict=False))
+    results = {name: provider.in_our_form(name, result, inputs) for name, result in results.items()}
+    results[operator.results[-1]] = torch.stack(gradients[len(leaves) :])
+    return {name: relative_error(results[name], wanted[name]) for name in operator.results}
 
 
-def allowed(kind: str, dtype: str) -> dict[str, float]:
-    """Return the largest error of each result that this package promises."""
-    y, gradient, gw = BOUNDS[kind, dtype if dtype == "float64" else "float32"]
-    bounds = {"y": y} | dict.fromkeys(RESULTS[1:], gradient) | {"gw": gw}
-    return {name: bound if name in WIDE else ROUNDING.get(dtype, bound) for name, bound in bounds.items()}
-
-
-def measure(name: str, subject: Subject, case: tuple, inputs: wkv_inputs.Inputs, wanted: dict) -> dict[str, Any]:
+def measure(name: str, case: Case, inputs: Inputs, wanted: dict[str, Tensor]) -> dict[str, Any]:
     """Return the row of one subject."""
-    kind, dtype, B, T, C = case
-    row: dict[str, Any] = {"inputs": kind, "dtype": dtype, "B": B, "T": T, "C": C, "provider": name}
-    row |= {"label": subject.label, "status": "ok", "reason": None, "errors": None, "bounds": None}
-    if reason := subject.missing():
+    operator, subject = case.operator, case.subjects[name]
+    B, T, C = case.shape
+    row: dict[str, Any] = {"op": operator.name, "inputs": case.kind, "dtype": case.dtype, "B": B, "T": T, "C": C}
+    row |= {"provider": name, "label": subject.label, "status": "ok", "reason": None, "errors": None, "bounds": None}
+    if reason := subject.missing(inputs):
         return row | {"status": "unavailable", "reason": reason}
     try:
-        row["errors"] = errors(subject, inputs, wanted)
+        row["errors"] = errors(subject, operator, inputs, wanted)
     except Exception as error:
         return row | {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
     if name.startswith("fastwkv"):
-        row["bounds"] = allowed(kind, dtype)
-        beyond = [one for one in RESULTS if not row["errors"][one] <= row["bounds"][one]]  # NaN is beyond
+        row["bounds"] = operator.allowed(case.kind, case.dtype, T)
+        beyond = [one for one in operator.results if not row["errors"][one] <= row["bounds"][one]]  # NaN is beyond
         if beyond:
             row |= {"status": "beyond its bounds", "reason": ", ".join(beyond)}
     return row
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Lay the rows out in markdown, one table a dtype."""
-    head = ["inputs", "implementation", "y", "gk", "gv", "gu", "gw", "initial state"]
+    """Lay the rows out in markdown, one table an operator and dtype; below it who is not available."""
     texts = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+        operator = OPERATORS[op]
+        here = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
         lines = []
-        for row in (row for row in rows if row["dtype"] == dtype):
+        for row in (row for row in here if row["status"] != "unavailable"):
             measured = row["errors"] is not None
             label = row["label"] if measured else f"{row['label']}: {row['reason']}"
-            numbers = [f"{row['errors'][name]:.1e}" if measured else "" for name in RESULTS]
+            numbers = [f"{row['errors'][name]:.1e}" if measured else "" for name in operator.results]
             lines.append([f"{row['inputs']}, T = {row['T']}", label, *numbers])
-        texts.append(f"{dtype}\n\n{result_file.markdown(head, lines, texts=2)}")
+        head = ["inputs", "implementation", *operator.results[:-1], "initial state"]
+        texts += [f"{op}, {dtype}"] + ([result_file.markdown(head, lines, texts=2)] if lines else [])
+        texts += result_file.unavailable(here, "label")
     return "\n\n".join(texts)
 
 
@@ -157,17 +161,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog="\n\n".join(rest),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option, everyone = parser.add_argument, list(subjects())
+    option = parser.add_argument
+    everyone = list(dict.fromkeys(name for operator in OPERATORS.values() for name in subjects(operator)))
     listed = {"metavar": "LIST", "help": "comma-separated, of %(default)s (default: all)"}
+    option("--ops", type=names("operator", OPERATORS), default=",".join(OPERATORS), **listed)
     option("--providers", type=names("provider", everyone), default=",".join(everyone), **listed)
     option("--inputs", type=names("kind of inputs", INPUTS), default=",".join(INPUTS), **listed)
-    option(
-        "--dtypes",
-        type=names("dtype", DTYPES),
-        default="float32,bfloat16",
-        metavar="LIST",
-        help=f"comma-separated, of {', '.join(DTYPES)} (default: float32,bfloat16)",
-    )
+    dtypes = "; ".join(f"{name}: {','.join(operator.accuracy_dtypes)}" for name, operator in OPERATORS.items())
+    text = f"comma-separated, of {', '.join(ALL_DTYPES)} (default: {dtypes})"
+    option("--dtypes", type=names("dtype", ALL_DTYPES), metavar="LIST", help=text)
     option("--tokens", type=positive, default=1024, metavar="N", help="T for everyone (default: 1024)")
     option(
         "--long",
@@ -180,9 +182,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
     option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
     args = parser.parse_args(arguments)
+    args.cases = [case for name in args.ops for case in _cases(OPERATORS[name], args)]
+    if not args.cases:
+        parser.error("nothing to measure: no operator of --ops has one of --dtypes and one of --providers")
     check_writable(args.out, parser)
     result_file.keep_other_hardware(args.out / "accuracy.json", _device(), parser)
     return args
+
+
+def _cases(operator: Operator, args: argparse.Namespace) -> list[Case]:
+    """Return what is asked for and exists: an operator leaves out the dtypes and providers that it has not."""
+    everyone = {name: subject for name, subject in subjects(operator).items() if name in args.providers}
+    quick = {name: subject for name, subject in everyone.items() if not subject.interpreted}
+    dtypes = [dtype for dtype in args.dtypes or operator.accuracy_dtypes if dtype in operator.dtypes]
+    plan = [(kind, dtype, args.tokens, everyone) for kind in args.inputs for dtype in dtypes]
+    if args.long > args.tokens and "adversarial" in args.inputs:
+        plan += [("adversarial", dtype, args.long, quick) for dtype in dtypes]
+    return [Case(operator, kind, dtype, (1, T, args.channels), found) for kind, dtype, T, found in plan if found]
 
 
 def _device() -> dict[str, Any]:
@@ -192,30 +208,20 @@ def _device() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     args = parse(arguments)
-    everyone = subjects()
-    cases = [(kind, dtype, 1, args.tokens, args.channels) for kind in args.inputs for dtype in args.dtypes]
-    if args.long > args.tokens and "adversarial" in args.inputs:
-        cases += [("adversarial", dtype, 1, args.long, args.channels) for dtype in args.dtypes]
-    plan = {
-        case: [name for name in args.providers if case[3] == args.tokens or not everyone[name].interpreted]
-        for case in cases
-    }
-    about = about_software()
-    if not everyone["fla"].missing():
-        about["versions"]["fla-core"] = metadata.version("fla-core")
+    packages = {subject.provider.distribution for case in args.cases for subject in case.subjects.values()} - {None}
+    about = about_software(sorted(packages))
     record = {"benchmark": "accuracy", "device": _device(), **about, "settings": {"seed": args.seed}, "rows": []}
     rows = record["rows"]
-    with tqdm(total=sum(map(len, plan.values())), unit=" rows", disable=None) as bar, warnings.catch_warnings():
+    total = sum(len(case.subjects) for case in args.cases)
+    with tqdm(total=total, unit=" rows", disable=None) as bar, warnings.catch_warnings():
         # The interpreter computes with NumPy, which warns of what a GPU does in silence.
         warnings.filterwarnings("ignore", message="divide by zero|invalid value|overflow", module="triton")
-        for case, providers in plan.items():
-            kind, dtype, *shape = case
-            inputs = INPUTS[kind](*shape, DTYPES[dtype], args.seed)
-            wanted = wkv_inputs.expected(inputs, state=True)
-            wanted["gstate"] = torch.stack([wanted[field] for field in wkv_inputs.STATE])
-            for name in providers:
-                bar.set_description(f"{everyone[name].label}, T = {case[3]}")
-                rows.append(measure(name, everyone[name], case, inputs, wanted))
+        for case in args.cases:
+            inputs = case.operator.draw(case.kind, case.shape, ALL_DTYPES[case.dtype], args.seed)
+            wanted = case.operator.expected(inputs, state=True)
+            for name, subject in case.subjects.items():
+                bar.set_description(f"{case.operator.name}, {subject.label}, T = {case.shape[1]}")
+                rows.append(measure(name, case, inputs, wanted))
                 bar.update()
     result_file.write(args.out / "accuracy.json", record)
     print(f"\n{tables(rows)}\n\nwrote {args.out / 'accuracy.json'}")
@@ -223,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         row for row in rows if row["provider"].startswith("fastwkv") and row["status"] not in ("ok", "unavailable")
     ]
     for row in wrong:
-        case = f"{row['label']}, {row['inputs']}, {row['dtype']}, T = {row['T']}"
+        case = f"{row['label']}, {row['op']}, {row['inputs']}, {row['dtype']}, T = {row['T']}"
         print(f"accuracy.py: {case}: {row['status']} ({row['reason']})", file=sys.stderr)
     return int(bool(wrong))
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+COMPLEX_DTYPES = {name: getattr(torch, name) for name in ("complex64", "complex128")}
 
 
 class Parser(argparse.ArgumentParser):

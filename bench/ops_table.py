@@ -1,25 +1,22 @@
-"""What ops.py prints: a table for the README, with the ratio to each peer and the ratio that was aimed at."""
+"""What ops.py prints: a table an operator, with the ratio to each peer and the ratio that was aimed at."""
 
 from typing import Any
 
-from result_file import markdown
+from operators import OPERATORS
+from result_file import markdown, unavailable
 
 OURS = "fastwkv"
-
-# How many times faster than a peer this package should be on two CPU cores, in float32.
-TARGETS = {
-    ("forward", (1, 1024, 768), "hf"): 60,
-    ("forward+backward", (1, 1024, 768), "hf"): 400,
-    ("forward+backward", (1, 1024, 768), "loop"): 50,
-    ("forward", (4, 1024, 768), "hf"): 18,
-    ("forward+backward", (4, 1024, 768), "hf"): 800,
-}
 
 HEAD = ["pass", "B, T, C", "dtype", "provider", "ms", "least", "10 to 90 %", "GB/s", "error", "times ours", "target"]
 
 
-def table(rows: list[dict[str, Any]], device: str) -> str:
+def tables(rows: list[dict[str, Any]], device: str) -> str:
     """Lay out what was measured in markdown; below it whose result is wrong, who failed and who is not available."""
+    operators = dict.fromkeys(row["op"] for row in rows)
+    return "\n\n".join(_table(name, [row for row in rows if row["op"] == name], device) for name in operators)
+
+
+def _table(name: str, rows: list[dict[str, Any]], device: str) -> str:
     ours = {case(row): row["ms"] for row in rows if row["provider"] == OURS and row["status"] == "ok"}
     lines = [_line(row, ours.get(case(row)), device) for row in rows if row["status"] != "unavailable"]
     notes = [
@@ -27,9 +24,8 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
         for row in rows
         if row["status"] in ("wrong", "failed")
     ]
-    absent = {row["provider"]: row["reason"] for row in rows if row["status"] == "unavailable"}
-    notes += [f"{name}: not available, {reason}" for name, reason in absent.items()]
-    return "\n\n".join(([markdown(HEAD, lines, texts=4)] if lines else []) + notes)
+    notes += unavailable(rows, "provider")
+    return "\n\n".join([name] + ([markdown(HEAD, lines, texts=4)] if lines else []) + notes)
 
 
 def case(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -47,8 +43,9 @@ def _line(row: dict[str, Any], ours: float | None, device: str) -> list[str]:
     if ours is None or row["provider"] == OURS:
         return [*line, "", ""]
     ratio = row["ms"] / ours
+    operator = OPERATORS[row["op"]]
     key = row["pass"], (row["B"], row["T"], row["C"]), row["provider"]
-    target = TARGETS.get(key) if (device, row["dtype"]) == ("cpu", "float32") else None
+    target = operator.targets.get(key) if (device, row["dtype"]) == ("cpu", operator.default_dtype) else None
     reached = "" if target is None else f"{target}, {'reached' if ratio >= target else 'MISSED'}"
     return [*line, _short(ratio), reached]
 

@@ -50,6 +50,15 @@ def markdown(head: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
     return "\n".join([joined(head), f"|{rule}|", *map(joined, lines[1:])])
 
 
+def unavailable(rows: Iterable[dict[str, Any]], key: str) -> list[str]:
+    """Return a line for each reason why some are not available, with whom it concerns."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["status"] == "unavailable":
+            reasons.setdefault(row["reason"], {})[row[key]] = None
+    return [f"{', '.join(who)}: not available, {reason}" for reason, who in reasons.items()]
+
+
 def _plain(value: Any) -> Any:
     # Numbers of five digits; JSON knows neither NaN nor infinity.
     if isinstance(value, dict):

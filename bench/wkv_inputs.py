@@ -1,14 +1,12 @@
-"""Inputs of WKV for the benchmarks, what the float64 reference makes of them, and how far a result is from it."""
+"""Inputs of WKV for the benchmarks, and what the float64 reference makes of them."""
 
 from dataclasses import dataclass
 
 import torch
+from operator_base import Shape, draws, state_dtype
 from torch import Tensor
 
 from fastwkv import WKVState, reference
-
-GRADIENTS = ("gk", "gv", "gu", "gw")
-STATE = ("gnum", "gden", "gmax")
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,22 @@ class Inputs:
     gy: Tensor
 
     @property
+    def shape(self) -> Shape:
+        """B, T, C."""
+        B, T, C = self.k.shape
+        return B, T, C
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of k, v and gy."""
+        return self.k.dtype
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """The initial state."""
+        return self.state
+
+    @property
     def w(self) -> Tensor:
         """The decay rate."""
         return self.log_w.exp()
@@ -39,7 +53,7 @@ class Inputs:
 
 def ordinary(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Draw inputs like a model's: normal keys and values, decay and bonus as RWKV-4 initialises a middle layer."""
-    normal, uniform = _draws(seed)
+    normal, uniform = draws(seed)
     channel = torch.arange(C, dtype=torch.float64)
     log_w = -5 + 8 * (channel / max(1, C - 1)) ** 1.35
     u = -1.2 + 0.5 * ((channel + 1) % 3 - 1)
@@ -48,7 +62,7 @@ def ordinary(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> Input
 
 def adversarial(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Draw inputs that strain the arithmetic: k uniform within ±60, w log-uniform from 1e-6 to 20."""
-    normal, uniform = _draws(seed)
+    normal, uniform = draws(seed)
     low, high = torch.tensor((1e-6, 20.0), dtype=torch.float64).log()
     log_w = low + (high - low) * uniform(C)
     return _rounded(log_w, normal(C), 60 * (2 * uniform(B, T, C) - 1), normal(B, T, C), B, normal, uniform, dtype)
@@ -61,7 +75,7 @@ def expected(inputs: Inputs, *, state: bool) -> dict[str, Tensor]:
     y = reference.wkv_loop(w, u, k, v, WKVState(*initial) if state else None)
     gw, gu, gk, gv, *ginitial = torch.autograd.grad(y, (w, u, k, v, *initial), inputs.gy.double())
     results = {"y": y.detach(), "gk": gk, "gv": gv, "gu": gu, "gw": gw}
-    return results | dict(zip(STATE, ginitial, strict=False))
+    return results | ({"gstate": torch.stack(ginitial)} if state else {})
 
 
 def expected_step(inputs: Inputs) -> dict[str, Tensor]:
@@ -78,29 +92,8 @@ def invariants(state: WKVState) -> dict[str, Tensor]:
     return {"mean": num / den, "log_weight": scale + den.log()}
 
 
-def relative_error(result: Tensor, wanted: Tensor) -> float:
-    """Return ‖result - wanted‖₂ / ‖wanted‖₂, NaN if the result has one."""
-    result, wanted = result.detach().double().cpu(), wanted.double().cpu()
-    if result.shape != wanted.shape:
-        raise ValueError(f"expected shape {list(wanted.shape)}, got {list(result.shape)}")
-    error, size = (result - wanted).norm().item(), wanted.norm().item()
-    return error / size if size else error
-
-
-def _draws(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    return normal, uniform
-
-
 def _rounded(log_w, u, k, v, B, normal, uniform, dtype: torch.dtype) -> Inputs:
     C = log_w.shape[0]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = state_dtype(dtype)
     state = WKVState(normal(B, C).to(wide), (0.1 + uniform(B, C)).to(wide), normal(B, C).to(wide))
     return Inputs(log_w.to(wide), u.to(wide), k.to(dtype), v.to(dtype), state, normal(*k.shape).to(dtype))

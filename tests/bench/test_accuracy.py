@@ -1,19 +1,13 @@
-"""The error table: its rows, the bounds that this package promises, how it fails."""
+"""The error tables: their rows, the bounds that this package promises, how it fails. Shown on WKV."""
 
-import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import assert_refused, load, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "accuracy.py"
 RESULTS = ("y", "gk", "gv", "gu", "gw", "gstate")
 # Allowed in float32: of y, of gw, and of the other gradients.
 BOUNDS = {"ordinary": (5e-7, 2e-6, 2e-6), "adversarial": (2e-6, 2e-5, 5e-6)}
@@ -21,35 +15,22 @@ BOUNDS = {"ordinary": (5e-7, 2e-6, 2e-6), "adversarial": (2e-6, 2e-5, 5e-6)}
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-
-def load(name: str) -> ModuleType:
-    """Import a module of bench/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
-
-
-accuracy, providers, wkv_inputs = map(load, ("accuracy", "providers", "wkv_inputs"))
+accuracy, providers, wkv_providers, wkv_inputs = map(load, ("accuracy", "providers", "wkv_providers", "wkv_inputs"))
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    small = ["--tokens", "24", "--long", "40", "--channels", "5", "--out", str(folder)]
+    small = ["--ops", "wkv", "--tokens", "24", "--long", "40", "--channels", "5", "--out", str(folder)]
     status = accuracy.main([*small, *arguments])
     return status, json.loads((folder / "accuracy.json").read_text())["rows"]
 
 
 def test_command_line_holds_the_bounds_and_prints_tables(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--tokens", "80", "--long", "600", "--channels", "16"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)  # it is the program that sets it
-    command += ["--out", str(tmp_path / "new")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    arguments = ["--ops", "wkv", "--tokens", "80", "--long", "600", "--channels", "16", "--out", str(tmp_path / "new")]
+    done = run_script("accuracy.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["accuracy.json"]
-    for text in ("| inputs", "\nfloat32\n", "\nbfloat16\n", "fastwkv (CPU)", "adversarial, T = 600", "initial state"):
+    for text in ("| inputs", "\nwkv, float32\n", "\nwkv, bfloat16\n", "fastwkv (CPU)", "adversarial, T = 600"):
         assert text in done.stdout
 
     record = json.loads((tmp_path / "new" / "accuracy.json").read_text())
@@ -88,24 +69,23 @@ def test_peers_are_called_as_they_expect(tmp_path: Path) -> None:
 
 
 def test_error_beyond_its_bound_ends_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    class Coarse(providers.FastWKV):
+    class Coarse(wkv_providers.FastWKV):
         def wkv(self, decay, u, k, v, state):
             return super().wkv(decay, u, k, v.detach() + 1.001 * (v - v.detach()), state)
 
-    cpu = torch.device("cpu")
-    subjects = {"fastwkv-cpu": accuracy.Subject("ours", Coarse(), cpu), "fla": accuracy.subjects()["fla"]}
-    monkeypatch.setattr(accuracy, "subjects", lambda: subjects)
+    subjects = {"fastwkv-cpu": accuracy.Subject("ours", Coarse(), torch.device("cpu"))}
+    monkeypatch.setattr(accuracy, "subjects", lambda operator: subjects)
     status, rows = run(tmp_path, "--dtypes", "float32", "--inputs", "ordinary", "--providers", "fastwkv-cpu")
     assert status == 1
     assert [(row["status"], row["reason"]) for row in rows] == [("beyond its bounds", "gv")]
-    assert "accuracy.py: ours, ordinary, float32, T = 24: beyond its bounds (gv)" in capsys.readouterr().err
+    assert "accuracy.py: ours, wkv, ordinary, float32, T = 24: beyond its bounds (gv)" in capsys.readouterr().err
 
 
 def test_missing_and_failing_peers_have_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no luck\nat all")
 
-    monkeypatch.setattr(providers.Loop, "step", fail)
+    monkeypatch.setattr(wkv_providers.Loop, "step", fail)
     monkeypatch.setattr(providers, "not_installed", lambda package: "not installed")
     status, rows = run(tmp_path, "--dtypes", "float32", "--inputs", "ordinary", "--providers", "loop,fla")
     assert status == 0
@@ -113,7 +93,7 @@ def test_missing_and_failing_peers_have_rows(tmp_path: Path, monkeypatch: pytest
     assert outcome == [("loop", "failed", "RuntimeError: no luck"), ("fla", "unavailable", "not installed")]
     printed = capsys.readouterr().out
     assert "PyTorch loop (CPU): RuntimeError: no luck" in printed
-    assert ": not installed" in printed
+    assert ": not available, not installed" in printed
 
 
 def test_interpreter_rounds_to_bfloat16() -> None:
@@ -150,9 +130,11 @@ def test_inputs_are_what_the_table_says(kind: str) -> None:
 
 
 BAD = {
+    "unknown operator 'attention'": ["--ops", "attention"],
     "unknown provider 'tensorflow'": ["--providers", "tensorflow"],
     "unknown kind of inputs 'nice' (choose from ordinary, adversarial)": ["--inputs", "nice"],
     "unknown dtype 'int8'": ["--dtypes", "int8"],
+    "nothing to measure": ["--ops", "wkv", "--dtypes", "complex64"],
     "argument --tokens: expected a whole number of at least 1, got '0'": ["--tokens", "0"],
     "cannot write into 'file/results': Not a directory": ["--out", "file/results"],
 }
@@ -164,11 +146,4 @@ def test_bad_arguments_give_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(SystemExit) as stopped:
-        accuracy.main(BAD[message])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert message in printed.err
-    assert printed.err.startswith("accuracy.py: ")
-    assert printed.err.count("\n") == 1
-    assert not Path("accuracy.json").exists()
+    assert_refused(accuracy, BAD[message], message, capsys)

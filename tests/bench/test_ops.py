@@ -1,38 +1,25 @@
-"""The operator benchmark: what it writes, whom it believes, how it fails."""
+"""The operator benchmark: what it writes, whom it believes, how it fails. Shown on WKV; the operators share it."""
 
-import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import assert_refused, load, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "ops.py"
 PEERS = ("fastwkv", "hf", "loop", "reference")
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-
-def load(name: str) -> ModuleType:
-    """Import a module of bench/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
-
-
-ops, passes, timing, table, providers, wkv_inputs = map(
-    load, ("ops", "ops_passes", "ops_timing", "ops_table", "providers", "wkv_inputs")
+ops, passes, timing, table, providers, wkv_providers, wkv_inputs = map(
+    load, ("ops", "ops_passes", "ops_timing", "ops_table", "providers", "wkv_providers", "wkv_inputs")
 )
+WKV = ops.OPERATORS["wkv"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +30,19 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
     """Measure a tiny shape in this process; return the exit status and the rows by pass and provider."""
-    status = ops.main(["--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(folder), *arguments])
+    tiny = ["--ops", "wkv", "--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(folder)]
+    status = ops.main([*tiny, *arguments])
     rows = json.loads((folder / "ops.json").read_text())["rows"]
     return status, {(row["pass"], row["provider"]): row for row in rows}
 
 
 def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--shapes", "1x16x8,2x9x5"]
-    command += ["--passes", "forward,backward,forward+backward,step", "--out", str(tmp_path / "new")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    arguments = ["--ops", "wkv,linear_scan", "--device", "cpu", "--quick", "--shapes", "2x9x5"]
+    arguments += ["--passes", "forward,backward,forward+backward,step", "--out", str(tmp_path / "new")]
+    done = run_script("ops.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ops.json"]
-    for text in ("times ours", "target", "fla: not available", "forward+backward", "GB/s"):
+    for text in ("\nwkv\n", "\nlinear_scan\n", "times ours", "target", "fla: not available", "GB/s"):
         assert text in done.stdout
 
     text = (tmp_path / "new" / "ops.json").read_text()
@@ -65,12 +52,14 @@ def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
     assert {"python", "fastwkv", "torch", "transformers", "numba"} <= record["versions"].keys()
     assert {"commit", "started", "settings"} <= record.keys()
     assert record["copy_gbps"] > 0
-    assert len(record["rows"]) == 2 * 4 * 5
-    for row in record["rows"]:
-        assert row["op"] == "wkv"
+    rows = {op: [row for row in record["rows"] if row["op"] == op] for op in ("wkv", "linear_scan")}
+    assert {row["dtype"] for row in rows["linear_scan"]} == {"complex64"}
+    assert len({tuple(row) for row in record["rows"]}) == 1  # the same keys
+    assert len(rows["wkv"]) == 4 * 5
+    for row in rows["wkv"]:
         assert row["dtype"] == "float32"
-        B, C, T = row["B"], row["C"], 1 if row["pass"] == "step" else {1: 16, 2: 9}[row["B"]]
-        assert (row["T"], {1: 8, 2: 5}[B]) == (T, C)
+        B, T, C = 2, 1 if row["pass"] == "step" else 9, 5
+        assert (row["B"], row["T"], row["C"]) == (B, T, C)
         if row["provider"] == "fla":
             assert (row["status"], row["reason"], row["ms"]) == ("unavailable", "runs on a GPU only", None)
             continue
@@ -98,7 +87,7 @@ def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
             assert row["status"] == "wrong"  # it computes in float32
 
 
-class Wrong(providers.Loop):
+class Wrong(wkv_providers.Loop):
     """The loop, with one of its results changed."""
 
     def __init__(self, name: str, result: str, factor: float = 1.01) -> None:
@@ -124,7 +113,7 @@ class Wrong(providers.Loop):
 def test_wrong_result_is_reported_and_not_timed(
     result: str, which: str, worst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setitem(ops.WKV, "loop", Wrong("loop", result))
+    monkeypatch.setitem(WKV.providers, "loop", Wrong("loop", result))
     status, rows = run(tmp_path, "--passes", which)
     assert status == 0
     row = rows[which, "loop"]
@@ -141,20 +130,20 @@ def test_wrong_result_is_reported_and_not_timed(
 def test_wrong_result_of_this_package_ends_with_status_1(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setitem(ops.WKV, "fastwkv", Wrong("fastwkv", "y", factor))
+    monkeypatch.setitem(WKV.providers, "fastwkv", Wrong("fastwkv", "y", factor))
     status, rows = run(tmp_path, "--passes", "forward")
     assert status == 1
     assert rows["forward", "fastwkv"]["status"] == "wrong"
     assert rows["forward", "loop"]["status"] == "ok"
-    assert "ops.py: fastwkv, forward, float32: wrong" in capsys.readouterr().err
+    assert "ops.py: fastwkv, wkv, forward, float32: wrong" in capsys.readouterr().err
 
 
 def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    class Failing(providers.Loop):
+    class Failing(wkv_providers.Loop):
         def wkv(self, *arguments):
             raise RuntimeError("no luck\nat all")
 
-    monkeypatch.setitem(ops.WKV, "loop", Failing())
+    monkeypatch.setitem(WKV.providers, "loop", Failing())
     monkeypatch.setattr(providers, "not_installed", lambda package: "not installed")
     status, rows = run(tmp_path, "--passes", "forward")
     assert status == 0
@@ -172,11 +161,11 @@ def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatc
 
 
 def test_interrupt_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting(providers.Reference):
+    class Interrupting(wkv_providers.Reference):
         def step(self, *arguments):
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(ops.WKV, "reference", Interrupting())
+    monkeypatch.setitem(WKV.providers, "reference", Interrupting())
     status, rows = run(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,reference")
     assert status == 130
     assert list(rows) == [("forward", "fastwkv"), ("forward", "reference")]
@@ -192,8 +181,11 @@ def test_of_large_inputs_a_sample_of_channels_is_compared(tmp_path: Path, monkey
 
 
 BAD = {
-    "unknown provider 'tensorflow' (choose from fastwkv, hf, loop, reference, fla)": ["--providers", "hf,tensorflow"],
-    "unknown dtype 'int8' (choose from float32, bfloat16, float16, float64)": ["--dtypes", "int8"],
+    "unknown operator 'attention' (choose from wkv, linear_scan, linear_scan_fixed)": ["--ops", "wkv,attention"],
+    "unknown provider 'tensorflow' (choose from fastwkv, hf, loop, reference, fla,": ["--providers", "hf,tensorflow"],
+    "unknown dtype 'int8' (choose from float32, bfloat16, float16, float64, complex64,": ["--dtypes", "int8"],
+    "nothing to measure: no operator of --ops has": ["--ops", "wkv", "--dtypes", "complex64"],
+    "one of --dtypes and one of --providers": ["--ops", "linear_scan", "--providers", "hf"],
     "unknown pass 'sideways'": ["--passes", "sideways"],
     "unknown device 'abacus' (choose from cpu, cuda, cuda:N)": ["--device", "abacus"],
     "there is no device 'cuda:99' here": ["--device", "cuda:99"],
@@ -216,15 +208,7 @@ def test_bad_arguments_give_one_line_and_status_2(
     for folder, text in contents.items():
         Path(folder).mkdir()
         Path(folder, "ops.json").write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        ops.main(BAD[message])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert message in printed.err
-    assert printed.err.startswith("ops.py: ")
-    assert printed.err.count("\n") == 1
-    assert not printed.out
-    assert not Path("ops.json").exists()
+    assert_refused(ops, BAD[message], message, capsys)
     assert {folder: Path(folder, "ops.json").read_text() for folder in contents} == contents
 
 
@@ -281,8 +265,9 @@ def test_table_says_whether_the_target_was_reached(ms: float, verdict: str) -> N
     row = {"op": "wkv", "pass": "forward", "dtype": "float32", "B": 1, "T": 1024, "C": 768, "status": "ok"}
     row |= {"ms_min": 1.0, "quantiles": {"0.1": 1.0, "0.9": 1.0}, "gbps": 1.0, "error": 1e-7, "repeats": 3}
     rows = [{**row, "provider": "fastwkv", "ms": 1.0}, {**row, "provider": "hf", "ms": ms}]
-    head, _, ours, peer = table.table(rows, "cpu").splitlines()
+    title, _, head, _, ours, peer = table.tables(rows, "cpu").splitlines()
+    assert title == "wkv"
     assert len({len(head), len(ours), len(peer)}) == 1
     assert verdict in peer
     assert "reached" not in ours
-    assert "60, " not in table.table(rows, "cuda")
+    assert "60, " not in table.tables(rows, "cuda")
