@@ -192,7 +192,7 @@ class FlaChunk(ScanProvider):
         return super().missing(device)
 
     def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        return _hgrn().chunk_hgrn(self.started(a.exp(), x, h0), a)[0]
+        return _hgrn().chunk_hgrn(x if h0 is None else self.started(a.exp(), x, h0), a)[0]
 
 
 def _hgrn() -> Any:
@@ -245,8 +245,10 @@ class AcceleratedScanWarp(AcceleratedScan):
     gates = True
 
     def missing(self, device: torch.device, *, interpreted: bool = False) -> str | None:
+        if reason := super().missing(device):
+            return reason
         no_compiler = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME is None
-        return super().missing(device) or ("needs the CUDA compiler" if no_compiler else None)
+        return "needs the CUDA compiler" if no_compiler else None
 
     def refuses(self, which: str, inputs: Inputs) -> str | None:
         T = inputs.shape[1]
