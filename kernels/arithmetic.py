@@ -6,6 +6,8 @@ A number is a tuple of tensors: one, or real and imaginary part. In memory the t
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def before(t, end, c, C: tl.constexpr):
@@ -77,8 +79,11 @@ def times(y, z):
 
 
 @triton.jit
-def times_sum(a, h, low, EXACT: tl.constexpr):
-    """Return a (h + low) as such a sum again; without EXACT low is 0 and stays so."""
+def times_sum(a, a_low, h, low, EXACT: tl.constexpr):
+    """Return (a + a_low) (h + low) as such a sum again; without EXACT both low parts are 0 and stay so.
+
+    ``a_low`` is None where a is exact, as any complex a is taken for.
+    """
     if not EXACT:
         return times(a, h), low
     elif len(a) == 2:
@@ -89,7 +94,10 @@ def times_sum(a, h, low, EXACT: tl.constexpr):
         return (re, im), (re_low, im_low)
     else:
         product = a[0] * h[0]
-        return (product,), (tl.fma(a[0], low[0], tl.fma(a[0], h[0], -product)),)
+        error = tl.fma(a[0], h[0], -product)
+        if a_low is not None:
+            error = tl.fma(a_low[0], h[0], error)
+        return (product,), (tl.fma(a[0], low[0], error),)
 
 
 @triton.jit
@@ -113,3 +121,27 @@ def plus_sum(h, low, x, EXACT: tl.constexpr):
     else:
         total, error = two_sum(h[0], x[0])
         return (total,), (low[0] + error,)
+
+
+@triton.jit
+def exp_sum(x):
+    """Return e^x as a sum of two numbers. Close to 1, e^x - 1 is known far better than e^x can be written as one.
+
+    float32: e^x = 2^n (1 + p(r) r) with n = x / ln 2 rounded, and p the polynomial with the least relative error.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp2(x * LOG2_E), tl.zeros_like(x)
+    else:
+        n = tl.floor(x * LOG2_E + 0.5)
+        r = tl.fma(-n, 1.4286068203094173e-06, tl.fma(-n, 0.693145751953125, x))  # ln 2, its first digits apart
+        p = tl.fma(r, 0.0014061422676135337, 0.008379059035691179)
+        p = tl.fma(p, r, 0.041664773315148215)
+        p = tl.fma(p, r, 0.16666364808738957)
+        p = tl.fma(p, r, 0.5000000435746266)
+        rest = tl.fma(p, r, 1.000000049796864) * r
+        rounded = rest + 1
+        power = tl.where(x < -87, 0.0, tl.exp2(n))
+        power = tl.where(x > 88, float("inf"), power)
+        normal = (x >= -87) & (x <= 88)
+        high = tl.where(normal | (x != x), rounded * power, power)
+        return high, tl.where(normal, (rest - (rounded - 1)) * power, 0.0)

@@ -9,12 +9,13 @@ Adjoint. With q_t the gradient of h_t that comes from later tokens, q of the las
 
 in reverse order; q before the first token is the gradient of the initial state. ga of an `a` that is the same at every
 token is summed over them and over the batch, in a fixed order. Where log a is given, a = e^{log a} is computed on chip
-and its gradient is ga conj(a). Nothing is stored for this pass: it reads h again, and x not at all.
+and its gradient is ga a. Nothing is stored for this pass: it reads h again, and x not at all.
 
 Exactness. At |a| = 1 nothing is forgotten, rounding errors least of all. Where numbers of 32 bits or more come in or
 go out, the state is an unevaluated sum h + low: products give their rounding error by one fused multiply-add, sums by
 six additions. So every h_t is the exact result rounded about once, whatever T; that costs arithmetic where bandwidth
-is the limit. 16-bit results do not need it.
+is the limit. A gate e^{log a} is such a sum too: near 1 its own rounding would count at every token. 16-bit results
+need none of this.
 
 Chunks. Both passes are affine along time. A sequence is one chunk where batch and channels fill the device; else every
 chunk is first summarised (the same kernel without its outputs: what it makes of a zero state, and the product of its
@@ -29,22 +30,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import before, conjugate, filled, load, plus, plus_sum, store, times, times_sum
+from fastwkv.kernels.arithmetic import (
+    LOG2_E,
+    before,
+    conjugate,
+    exp_sum,
+    filled,
+    load,
+    plus,
+    plus_sum,
+    store,
+    times,
+    times_sum,
+)
 from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, SCAN_ROWS, Launch
 from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan_step import linear_scan_step
 
 __all__ = ["linear_scan_bwd", "linear_scan_fwd", "linear_scan_step"]
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
-def _load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr):
+def _load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr, EXACT: tl.constexpr):
+    """Read a, and with LOG what its rounding cuts off, else None."""
     a = load(a_ptr, offset, mask, like)
-    # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing here would miss.
-    # Rounding the exponent costs |log a| a of half a unit in the last place of 1, at most a third of one.
-    return (tl.exp2(a[0] * LOG2_E),) if LOG else a
+    if not LOG:
+        return a, None
+    elif EXACT:
+        high, low = exp_sum(a[0])
+        return (high,), (low,)
+    else:
+        # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing would miss.
+        return (tl.exp2(a[0] * LOG2_E),), None
 
 
 @triton.jit
@@ -58,7 +75,7 @@ def _forward_rows(
     xs = ()
     for i in tl.static_range(ROWS):  # every load is issued before the first is waited for
         in_row = before(t + i, end, c, C) if MASKED else in_c
-        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, h, LOG) if gate is None else gate,)
+        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, h, LOG, EXACT) if gate is None else gate,)
         xs = xs + (load(x_ptr, offset + i * STEP, in_row, h),)
     for i in tl.static_range(ROWS):
         if (not MASKED) or (end > t + i):
@@ -69,7 +86,7 @@ def _forward_rows(
                     h = filled(0.0, h)
                     if initial_ptr is not None:
                         h = load(initial_ptr, (edge >> 2).to(tl.int64) * C + c, in_c, h)
-            h, low = times_sum(gates[i], h, low, EXACT)
+            h, low = times_sum(gates[i][0], gates[i][1], h, low, EXACT)
             h, low = plus_sum(h, low, xs[i], EXACT)
             if h_ptr is not None:
                 rounded = plus(h, low) if EXACT else h
@@ -78,7 +95,7 @@ def _forward_rows(
                     if (edge & 2) != 0:
                         store(final_ptr, (edge >> 2).to(tl.int64) * C + c, rounded, in_c)
             else:
-                product, product_low = times_sum(gates[i], product, product_low, EXACT)
+                product, product_low = times_sum(gates[i][0], gates[i][1], product, product_low, EXACT)
     return h, low, product, product_low
 
 
@@ -118,7 +135,7 @@ def _linear_scan_fwd_kernel(
     low = h
     product = filled(1.0, h)
     product_low = h
-    gate = _load_gate(a_ptr, c, in_c, h, LOG) if FIXED else None
+    gate = _load_gate(a_ptr, c, in_c, h, LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         h = load(carry_ptr, row * C + c, in_c, h)
     elif (initial_ptr is not None) and (edge_ptr is None) and (h_ptr is not None):
@@ -158,7 +175,7 @@ def _reverse_rows(
     ghs = ()
     for i in tl.static_range(ROWS):
         in_row = before(t + i, end, c, C) if MASKED else in_c
-        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, q, LOG) if gate is None else gate,)
+        gates = gates + (_load_gate(a_ptr, offset + i * STEP, in_row, q, LOG, EXACT) if gate is None else gate,)
         ghs = ghs + (load(gh_ptr, offset + i * STEP, in_row, q),)
         if ga_ptr is not None:  # h of the token before; before the first one, nothing
             in_row = before(0, t, c, C) if i == 0 else in_row
@@ -182,20 +199,21 @@ def _reverse_rows(
             elif (i == 0) and (initial_ptr is not None):
                 if t == 0:
                     h_past = load(initial_ptr, b * C + c, in_c, q)
+            a = conjugate(gates[i][0])
             g, low = plus_sum(q, low, ghs[i], EXACT)
             if ga_ptr is not None:
                 gx = plus(g, low) if EXACT else g
                 store(gx_ptr, offset + i * STEP, gx, in_c)
                 ga = times(gx, conjugate(h_past))
                 if LOG:
-                    ga = times(ga, gates[i])
+                    ga = times(ga, gates[i][0])
                 if gate is None:
                     store(ga_ptr, offset + i * STEP, ga, in_c)
                 else:
                     block_sum = plus(block_sum, ga)
             else:
-                product, product_low = times_sum(conjugate(gates[i]), product, product_low, EXACT)
-            q, low = times_sum(conjugate(gates[i]), g, low, EXACT)
+                product, product_low = times_sum(a, gates[i][1], product, product_low, EXACT)
+            q, low = times_sum(a, gates[i][1], g, low, EXACT)
             if (edge_ptr is not None) and (ginitial_ptr is not None) and (ga_ptr is not None):
                 if (edge & 1) != 0:
                     store(ginitial_ptr, n * C + c, plus(q, low), in_c)
@@ -240,7 +258,7 @@ def _linear_scan_bwd_kernel(
     product = filled(1.0, q)
     product_low = q
     ga_sum = q
-    gate = _load_gate(a_ptr, c, in_c, q, LOG) if FIXED else None
+    gate = _load_gate(a_ptr, c, in_c, q, LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         q = load(carry_ptr, row * C + c, in_c, q)
     elif (gfinal_ptr is not None) and (edge_ptr is None) and (ga_ptr is not None):
@@ -305,7 +323,7 @@ def _linear_scan_carry_kernel(
                 low = filled(0.0, h)
                 h = filled(0.0, h)
         product = load(summary_ptr, (tl.num_programs(0).to(tl.int64) * chunks + row) * C + c, in_c, h)
-        h, low = times_sum(product, h, low, True)
+        h, low = times_sum(product, None, h, low, True)
         h, low = plus_sum(h, low, load(summary_ptr, row * C + c, in_c, h), True)
 
 

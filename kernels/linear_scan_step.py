@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import load, plus, store, times
+from fastwkv.kernels.arithmetic import exp_sum, filled, load, plus, plus_sum, store, times_sum
 from fastwkv.kernels.config import FP_FUSION
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
@@ -29,9 +29,14 @@ def _linear_scan_step_kernel(
     zero = tl.zeros([BLOCK], state_ptr.dtype.element_ty)
     like = (zero, zero) if PARTS == 2 else (zero,)
     a = load(a_ptr, i % C if FIXED else i, inside, like)
+    state = load(state_ptr, i, inside, like)
     if LOG:
-        a = (tl.exp(a[0]),)
-    h = plus(times(a, load(state_ptr, i, inside, like)), load(x_ptr, i, inside, like))
+        high, low = exp_sum(a[0])
+        h, h_low = times_sum((high,), (low,), state, filled(0.0, like), True)
+    else:
+        h, h_low = times_sum(a, None, state, filled(0.0, like), True)
+    h, h_low = plus_sum(h, h_low, load(x_ptr, i, inside, like), True)
+    h = plus(h, h_low)
     store(h_ptr, i, h, inside)
 
 

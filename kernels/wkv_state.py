@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastwkv.kernels.arithmetic import two_sum
+from fastwkv.kernels.arithmetic import LOG2_E, two_sum
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
-LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
 
 

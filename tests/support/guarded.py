@@ -23,12 +23,14 @@ class GuardedMemory(TorchDispatchMode):
         assert self._buffers
         for buffer, size in self._buffers:
             for zone in (buffer[:GUARD], buffer[GUARD + size :]):
+                zone = torch.view_as_real(zone) if zone.is_complex() else zone
                 intact = zone.isnan() if zone.is_floating_point() else zone == torch.iinfo(zone.dtype).max
                 assert intact.all(), "a guard zone was written to"
 
     def _place(self, shape, dtype, device) -> Tensor:
         size = torch.Size(shape).numel()
-        fill = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+        nan = complex(torch.nan, torch.nan) if dtype.is_complex else torch.nan
+        fill = nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
         buffer = torch.full((size + 2 * GUARD,), fill, dtype=dtype, device=device)
         self._buffers.append((buffer, size))
         return buffer[GUARD : GUARD + size].view(shape)

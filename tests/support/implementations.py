@@ -3,25 +3,18 @@
 import importlib
 
 import torch
+from providers import OPERATORS, rounding_interpreter
 
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
 IMPLEMENTATIONS = ("cpu", "triton")
-OPERATORS = {  # and the file of its launchers
-    "wkv_fwd": "wkv",
-    "wkv_bwd": "wkv_bwd",
-    "wkv_step": "wkv_step",
-    "linear_scan_fwd": "linear_scan",
-    "linear_scan_bwd": "linear_scan",
-    "linear_scan_step": "linear_scan",
-}
 
 
 class Implementation:
     """Context in which the public functions run one implementation.
 
     ``device`` is where its tensors live. Without a GPU the Triton kernels are interpreted: they take the place of the
-    CPU path, for CPU tensors, and everything above them stays as it is.
+    CPU path, for CPU tensors, and everything above them stays as it is. The interpreter rounds as every GPU does.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,9 +30,13 @@ class Implementation:
     def __enter__(self) -> "Implementation":
         self._override = torch.library.Library("fastwkv", "IMPL")
         if self.interpreted:
+            self._rounding = rounding_interpreter()
+            self._rounding.__enter__()
             for operator in OPERATORS:
                 self._override.impl(operator, self.launcher(operator), "CPU", allow_override=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._override._destroy()
+        if self.interpreted:
+            self._rounding.__exit__(None, None, None)

@@ -1,0 +1,184 @@
+"""What is particular to the kernels of the linear scan: memory, chunks along time, launch shapes, compile keys."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import relative_error
+from guarded import GuardedMemory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from implementations import Implementation
+from scan_cases import COMPLEX, DTYPES, cases, make_case
+
+from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, SCAN_ROWS, Launch, scan_launch
+
+REPOSITORY = Path(__file__).parents[2]
+EXACT = (torch.float64, torch.complex128)
+
+
+def launch(context, case, place=lambda t: t, **options):
+    """Run forward and backward through the launchers, which know log a of real numbers only."""
+    if case.log and case.dtype.is_complex:
+        case = replace(case, a=case.a.exp(), log=False)
+    a, x, initial, cut = (t if t is None else place(t.detach()) for t in case.arguments(context.device))
+    fixed = (cut, case.log, case.reverse)
+    h, final = context.launcher("linear_scan_fwd")(a, x, initial, *fixed, **options)
+    generator = torch.Generator().manual_seed(0)
+    gh, gfinal = (place(torch.randn(t.shape, generator=generator, dtype=case.exact_dtype).to(t)) for t in (h, final))
+    gradients = (gh, gfinal, case.dtype)
+    return [h, final, *context.launcher("linear_scan_bwd")(a, h, initial, *fixed, *gradients, **options)]
+
+
+def assert_keeps_to_its_memory(implementation, case):
+    plain = launch(implementation, case)
+    with GuardedMemory() as memory:
+        guarded = launch(implementation, case, place=memory.guarded)
+        memory.check()
+    for result, wanted in zip(guarded, plain, strict=True):
+        assert not result.isnan().any()
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (2, 17, 16), (1, 33, 65), (1, 24, 128)])
+def test_memory_beside_tensors_is_neither_read_nor_written(implementation, shape, dtype):
+    fixed, log, reverse, state = shape[2] % 2 == 0, dtype == torch.bfloat16, shape[1] == 17, shape[0] == 1
+    case = make_case(0, *shape, dtype=dtype, fixed=fixed, log=log, reverse=reverse, state=state)
+    assert_keeps_to_its_memory(implementation, case)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [16, 16], [5, 11, 16, 1, 7]])
+def test_memory_beside_packed_tensors_is_neither_read_nor_written(implementation, lengths, dtype, reverse):
+    case = make_case(0, 1, 0, 5, dtype=dtype, lengths=lengths, fixed=reverse, reverse=reverse)
+    assert_keeps_to_its_memory(implementation, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_keeps_to_its_memory(implementation, dtype):
+    case = make_case(0, 3, 1, 43, dtype=dtype)
+    a, x, state, _ = (t if t is None else t.detach() for t in case.arguments(implementation.device))
+    inputs = [t.contiguous() for t in (a[:, 0], x[:, 0], state)]
+    step = implementation.launcher("linear_scan_step")
+    with GuardedMemory() as memory:
+        result = step(*(memory.guarded(t) for t in inputs), False)
+        memory.check()
+    torch.testing.assert_close(result, step(*inputs, False), rtol=0, atol=0)
+
+
+@settings(max_examples=25)
+@given(case=cases(max_tokens=80, dtypes=EXACT), blocks=st.integers(1, 3), block_c=st.sampled_from((1, 4, 32)))
+def test_chunks_along_time_change_nothing(case, blocks, block_c):
+    with Implementation("triton") as context:
+        whole = launch(context, case, launch=Launch(32, 1, 16 * SCAN_ROWS))
+        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * SCAN_ROWS))
+    for index, (result, wanted) in enumerate(zip(chunked, whole, strict=True)):
+        assert relative_error(result, wanted, floor=1.0) <= 1e-13, index
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [16, 16, 32, 20]])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, reverse):
+    case = make_case(5, 1, 0, 3, dtype=torch.float64, lengths=lengths, state=state, reverse=reverse, radius=(0.99, 1.0))
+    with Implementation("triton") as context:
+        chunked, whole = (launch(context, case, launch=Launch(4, 1, SCAN_ROWS * n)) for n in (1, 16))
+    for index, (result, wanted) in enumerate(zip(chunked, whole, strict=True)):
+        assert relative_error(result, wanted, floor=1.0) <= 1e-14, index
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_nan_does_not_cross_into_another_sequence_in_chunks(reverse):
+    case = make_case(0, 1, 0, 3, lengths=[50, 60], reverse=reverse)
+    x = case.x.clone()
+    x[0, 55 if reverse else 10, 1] = torch.nan
+    with Implementation("triton") as context:
+        h, final, ga, gx, ginitial = launch(context, replace(case, x=x), launch=Launch(4, 1, SCAN_ROWS))
+    clean = slice(0, 50) if reverse else slice(50, 110)
+    assert not any(t[:, clean].isnan().any() for t in (h, ga, gx))
+    assert final.isnan().any(1).tolist() == ([False, True] if reverse else [True, False])
+    assert not ginitial.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_nothing_is_lost_in_chunks(dtype, fixed):
+    case = make_case(1, 1, 256, 8, dtype=dtype, fixed=fixed, radius=(1.0, 1.0))
+    with Implementation("triton") as context:
+        results = launch(context, case, launch=Launch(8, 1, 2 * SCAN_ROWS))
+        exact = replace(case, dtype=case.exact_dtype)  # itself held to the reference to 1e-14
+        h, final, ga, gx, ginitial = launch(context, exact, launch=Launch(8, 1, 256))
+    for result, wanted in zip(results, (h, final, ga, gx, ginitial), strict=True):
+        assert relative_error(result, wanted) <= 4e-7
+
+
+def test_bad_offsets_touch_no_foreign_memory(implementation):
+    # On a GPU the values of cu_seqlens are not looked at; the launchers must stay in bounds whatever they are.
+    if implementation.name == "cpu":
+        pytest.skip("the CPU path checks the values")
+    for dtype in (torch.float32, torch.complex64):
+        case = make_case(0, 1, 0, 5, dtype=dtype, lengths=[7, 9, 16])
+        for offsets in ([3, 16, 20, 24], [0, 40, 50, 60], [-5, 0, 0, 32], [32, 16, 8, 0]):
+            with GuardedMemory() as memory:
+                launch(implementation, replace(case, cu_seqlens=torch.tensor(offsets)), place=memory.guarded)
+                memory.check()
+
+
+@settings(max_examples=200)
+@given(
+    B=st.integers(1, 512),
+    T=st.integers(1, 2**20),
+    C=st.integers(1, 8192),
+    multiprocessors=st.sampled_from((1, 16, 108, 132, 304)),
+    itemsize=st.sampled_from((2, 4, 8, 16)),
+)
+def test_launch_shape_is_legal_for_every_shape(B, T, C, multiprocessors, itemsize):
+    shape = scan_launch(B, T, C, multiprocessors, itemsize)
+    chunks = -(-T // shape.chunk)
+    assert shape.chunk % SCAN_ROWS == 0
+    assert SCAN_ROWS % SCAN_BACKWARD_ROWS == 0
+    assert shape.block_c & (shape.block_c - 1) == 0
+    assert -(-C // shape.block_c) <= 65535
+    assert B * chunks < 2**31
+    assert chunks == 1 or B * -(-C // shape.block_c) < 8 * multiprocessors
+
+
+def test_one_chunk_where_batch_and_channels_fill_the_device():
+    assert scan_launch(64, 4096, 2048, 132, 4).chunk == 4096
+    assert scan_launch(1, 65536, 1024, 132, 4).chunk < 65536
+
+
+def test_length_is_in_no_compile_key():
+    # Read in a process of its own: interpreted kernels have no compile key.
+    script = (
+        "from fastwkv.kernels import linear_scan as scan, linear_scan_step as step\n"
+        "for kernel in (scan._linear_scan_fwd_kernel, scan._linear_scan_bwd_kernel, scan._linear_scan_carry_kernel,\n"
+        "               step._linear_scan_step_kernel):\n"
+        "    print(*[p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    specialised = done.stdout.split()
+    assert specialised
+    assert all(name.endswith("_ptr") for name in specialised)
+
+
+@pytest.mark.parametrize("dtype", COMPLEX)
+def test_numbers_of_a_pair_do_not_mix(dtype):
+    # An error in how real and imaginary parts are taken from memory would show in a channel that is all zero.
+    case = make_case(0, 2, 20, 5, dtype=dtype)
+    x, initial = case.x.clone(), case.initial.clone()
+    x[..., 2], initial[:, 2] = 0, 0
+    with Implementation("triton") as context:
+        h, final, *_ = launch(context, replace(case, x=x, initial=initial))
+    assert (h[..., 2] == 0).all()
+    assert (final[:, 2] == 0).all()
+    assert (h[..., 1] != 0).all()
