@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test lint format ops accuracy compiled clean
+.PHONY: curve test lint format ops accuracy compiled lru_steps clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
 
 test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
@@ -16,7 +16,7 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix && $(BIN)/ruff format
 
-ops accuracy compiled: .venv/ready  ## the other benchmarks
+ops accuracy compiled lru_steps: .venv/ready  ## the other benchmarks
 	$(BIN)/python bench/$@.py
 
 .venv/ready: pyproject.toml constraints.txt

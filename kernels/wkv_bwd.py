@@ -118,7 +118,7 @@ def _reverse(
             gw_block += gw_term
             gu_block += gu_term
         else:
-            b = tl.fma(decay, b, -(slopes[i] * a))
+            b = tl.fma(-slopes[i], a, decay * b)
             a = decay * a
         gl = gl_past - both
         gm = tl.fma(gm, decay, gys_past[i])

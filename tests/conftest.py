@@ -11,6 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from implementations import IMPLEMENTATIONS, Implementation
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # threads of several processes wait for each other: their tests take ten times as long
+
 settings.register_profile(
     "default",
     deadline=None,
