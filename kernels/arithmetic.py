@@ -124,6 +124,31 @@ def plus_sum(h, low, x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(h, low):
+    """Return h + low as one number. Where h has overflowed nothing is known of what its rounding has cut off."""
+    if len(h) == 2:
+        re = tl.where(low[0] == low[0], h[0] + low[0], h[0])
+        return (re, tl.where(low[1] == low[1], h[1] + low[1], h[1]))
+    else:
+        return (tl.where(low[0] == low[0], h[0] + low[0], h[0]),)
+
+
+@triton.jit
+def times_state(product, h, low):
+    """Return product (h + low) as a sum; what is 0 stays so, though the product of many a has overflowed."""
+    h_new, low_new = times_sum(product, None, h, low, True)
+    if len(h) == 2:
+        zero = (h[0] == 0) & (h[1] == 0)
+        h_new = (tl.where(zero, 0.0, h_new[0]), tl.where(zero, 0.0, h_new[1]))
+        low_new = (tl.where(zero, 0.0, low_new[0]), tl.where(zero, 0.0, low_new[1]))
+    else:
+        zero = h[0] == 0
+        h_new = (tl.where(zero, 0.0, h_new[0]),)
+        low_new = (tl.where(zero, 0.0, low_new[0]),)
+    return h_new, low_new
+
+
+@triton.jit
 def exp_sum(x):
     """Return e^x as a sum of two numbers. Close to 1, e^x - 1 is known far better than e^x can be written as one.
 

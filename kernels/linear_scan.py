@@ -39,8 +39,10 @@ from fastwkv.kernels.arithmetic import (
     load,
     plus,
     plus_sum,
+    rounded_sum,
     store,
     times,
+    times_state,
     times_sum,
 )
 from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, SCAN_ROWS, Launch
@@ -89,7 +91,7 @@ def _forward_rows(
             h, low = times_sum(gates[i][0], gates[i][1], h, low, EXACT)
             h, low = plus_sum(h, low, xs[i], EXACT)
             if h_ptr is not None:
-                rounded = plus(h, low) if EXACT else h
+                rounded = rounded_sum(h, low) if EXACT else h
                 store(h_ptr, offset + i * STEP, rounded, in_c)
                 if edge_ptr is not None:
                     if (edge & 2) != 0:
@@ -155,11 +157,11 @@ def _linear_scan_fwd_kernel(
             full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,
         )  # fmt: skip
     if h_ptr is None:
-        store(final_ptr, row * C + c, plus(h, low), in_c)
-        store(final_ptr, (tl.num_programs(0) + row) * C + c, plus(product, product_low), in_c)
+        store(final_ptr, row * C + c, rounded_sum(h, low), in_c)
+        store(final_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
     elif edge_ptr is None:
         if end == T:
-            store(final_ptr, b * C + c, plus(h, low), in_c)
+            store(final_ptr, b * C + c, rounded_sum(h, low), in_c)
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def _reverse_rows(
             a = conjugate(gates[i][0])
             g, low = plus_sum(q, low, ghs[i], EXACT)
             if ga_ptr is not None:
-                gx = plus(g, low) if EXACT else g
+                gx = rounded_sum(g, low) if EXACT else g
                 store(gx_ptr, offset + i * STEP, gx, in_c)
                 ga = times(gx, conjugate(h_past))
                 if LOG:
@@ -216,7 +218,7 @@ def _reverse_rows(
             q, low = times_sum(a, gates[i][1], g, low, EXACT)
             if (edge_ptr is not None) and (ginitial_ptr is not None) and (ga_ptr is not None):
                 if (edge & 1) != 0:
-                    store(ginitial_ptr, n * C + c, plus(q, low), in_c)
+                    store(ginitial_ptr, n * C + c, rounded_sum(q, low), in_c)
     return q, low, product, product_low, plus(ga_sum, block_sum)
 
 
@@ -278,14 +280,14 @@ def _linear_scan_bwd_kernel(
             q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, STEP, LOG, ROWS, EXACT, False,
         )  # fmt: skip
     if ga_ptr is None:
-        store(ginitial_ptr, row * C + c, plus(q, low), in_c)
-        store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, plus(product, product_low), in_c)
+        store(ginitial_ptr, row * C + c, rounded_sum(q, low), in_c)
+        store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
     else:
         if FIXED:
             store(ga_ptr, row * C + c, ga_sum, in_c)
         if (ginitial_ptr is not None) and (edge_ptr is None):
             if begin == 0:
-                store(ginitial_ptr, b * C + c, plus(q, low), in_c)
+                store(ginitial_ptr, b * C + c, rounded_sum(q, low), in_c)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -314,7 +316,7 @@ def _linear_scan_carry_kernel(
     for j in range(chunks):
         i = chunks - 1 - j if BACKWARD else j
         row = b * chunks + i
-        store(carry_ptr, row * C + c, plus(h, low), in_c)
+        store(carry_ptr, row * C + c, rounded_sum(h, low), in_c)
         if edge_ptr is not None:  # a chunk in which a sequence starts (backward: ends) carries nothing over
             first = tl.load(edge_ptr + i * chunk)
             last = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
@@ -323,7 +325,7 @@ def _linear_scan_carry_kernel(
                 low = filled(0.0, h)
                 h = filled(0.0, h)
         product = load(summary_ptr, (tl.num_programs(0).to(tl.int64) * chunks + row) * C + c, in_c, h)
-        h, low = times_sum(product, None, h, low, True)
+        h, low = times_state(product, h, low)
         h, low = plus_sum(h, low, load(summary_ptr, row * C + c, in_c, h), True)
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import exp_sum, filled, load, plus, plus_sum, store, times_sum
+from fastwkv.kernels.arithmetic import exp_sum, filled, load, plus_sum, rounded_sum, store, times_sum
 from fastwkv.kernels.config import FP_FUSION
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
@@ -36,7 +36,7 @@ def _linear_scan_step_kernel(
     else:
         h, h_low = times_sum(a, None, state, filled(0.0, like), True)
     h, h_low = plus_sum(h, h_low, load(x_ptr, i, inside, like), True)
-    h = plus(h, h_low)
+    h = rounded_sum(h, h_low)
     store(h_ptr, i, h, inside)
 
 

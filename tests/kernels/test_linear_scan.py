@@ -107,6 +107,18 @@ def test_nan_does_not_cross_into_another_sequence_in_chunks(reverse):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_growth_of_nothing_is_nothing_in_chunks(dtype):
+    # The product of the a of a chunk overflows; what it multiplies is 0.
+    case = make_case(0, 1, 160, 3, dtype=dtype, radius=(8.0, 8.0), state=False)
+    x = torch.zeros_like(case.x)
+    x[:, 150:] = 1
+    with Implementation("triton") as context:
+        h, *_ = launch(context, replace(case, x=x), launch=Launch(4, 1, 5 * SCAN_ROWS))
+    assert (h[:, :150] == 0).all()
+    assert h.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_nothing_is_lost_in_chunks(dtype, fixed):
     case = make_case(1, 1, 256, 8, dtype=dtype, fixed=fixed, radius=(1.0, 1.0))

@@ -215,6 +215,23 @@ def test_nan_multiplier_spoils_its_own_channel_only(implementation):
     assert not h[..., [0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_overflow_is_infinite_as_in_a_loop(implementation, dtype, fixed):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([0.9, 0.9, -0.5, 1.0], dtype=dtype).mul(largest)[None, :, None].expand(1, 4, 2).clone()
+    x[..., 1] = 0.01 * largest
+    a = torch.ones(2, dtype=dtype)
+    a = (a if fixed else a.expand(1, 4, 2).clone()).to(implementation.device).requires_grad_()
+    wanted = reference.linear_scan(a.detach().cpu(), x)
+    assert wanted.isinf().any()
+    h = linear_scan(a, x.to(implementation.device))
+    torch.testing.assert_close(h.cpu(), wanted)
+    flipped = x.flip(1).to(implementation.device)
+    (gx,) = torch.autograd.grad(linear_scan(a, leaf := torch.zeros_like(flipped).requires_grad_()), leaf, flipped)
+    torch.testing.assert_close(gx.flip(1).cpu(), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_loss_on_final_state_alone_reaches_every_input(implementation, dtype, lengths):
