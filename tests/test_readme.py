@@ -4,16 +4,28 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 
 
-def test_first_example_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+def test_examples_run():
     names = {}
-    exec(code.replace("B, T, C = 8, 1024, 768", "B, T, C = 2, 700, 12"), names)
-    assert names["y"].shape == (1, 700, 12)
+    smaller = {
+        "B, T, C = 8, 1024, 768": "B, T, C = 2, 700, 12",
+        'RWKV4Config.preset("169m")': "RWKV4Config(layers=1, width=12, vocab_size=20)",
+        "generate(model, tokens, 100,": "generate(model, tokens, 3,",
+    }
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for large, small in smaller.items():
+            code = code.replace(large, small)
+        exec(code, names)
+        names |= {"tokens": torch.zeros(2, 5, dtype=torch.int64), "u": torch.randn(2, 9, 256)}
+        names["u_t"] = names["u"][:, 0]
+    assert names["y_t"].shape == (2, 256)
+    assert names["h"].shape == (2, 700, 12)
+    assert names["logits"].shape == (2, 5, 20)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|`((?:bench|tests|kernels)/[\w./]+)`", README))
