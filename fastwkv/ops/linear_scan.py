@@ -137,6 +137,8 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     checks.check_shape(dims, shape, **{name: a})
     dtype, state_dtype = scan_dtypes(a.dtype, x_t.dtype)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
+    if not log and a.dtype == x_t.dtype == state.dtype:
+        return torch.addcmul(x_t, a, state)  # one launch, and differentiable
     if differentiated([a, x_t, state]):
         a = a.to(torch.promote_types(a.dtype, torch.float32))
         return torch.addcmul(x_t.to(state_dtype), (a.exp() if log else a).to(state_dtype), state)
