@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
-from fastwkv.kernels import linear_scan, linear_scan_step, wkv, wkv_bwd, wkv_step
+from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_step
 from fastwkv.kernels.config import (
     BACKWARD_ROWS,
     CHECKPOINT_ROWS,
@@ -127,7 +127,7 @@ VARIANTS = [
     *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
     *scan_variants(
         "backward",
-        linear_scan._linear_scan_bwd_kernel,
+        linear_scan_bwd._linear_scan_bwd_kernel,
         SCAN_BACKWARD_ROWS,
         STATES,
         {"ga_ptr", "gx_ptr", "h_ptr"},
@@ -153,6 +153,7 @@ def compile_variant(job: tuple[int, str, str]) -> dict[str, Any]:
         "BLOCK_C": block,
         "BLOCK": block,
         "PARTS": 2 if dtype in COMPLEX else 1,
+        "EXACT": size >= 4,
         "ACC": tl.float64 if acc == "fp64" else tl.float32,
         **variant.constants,
     }

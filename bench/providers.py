@@ -19,7 +19,7 @@ OPERATORS = {  # of this package, and the file of their Triton launchers
     "wkv_bwd": "wkv_bwd",
     "wkv_step": "wkv_step",
     "linear_scan_fwd": "linear_scan",
-    "linear_scan_bwd": "linear_scan",
+    "linear_scan_bwd": "linear_scan_bwd",
     "linear_scan_step": "linear_scan",
 }
 

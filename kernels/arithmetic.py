@@ -48,6 +48,7 @@ def load(ptr, offset, mask, like):
 
 @triton.jit
 def store(ptr, offset, z, mask):
+    """Write numbers that are ``offset`` numbers away."""
     if len(z) == 2:
         tl.store(ptr + 2 * offset[:, None] + tl.arange(0, 2)[None, :], tl.join(z[0], z[1]), mask=mask[:, None])
     else:
@@ -56,6 +57,7 @@ def store(ptr, offset, z, mask):
 
 @triton.jit
 def conjugate(z):
+    """Return conj(z), which for real numbers is z."""
     if len(z) == 2:
         return (z[0], -z[1])
     else:
@@ -64,6 +66,7 @@ def conjugate(z):
 
 @triton.jit
 def plus(y, z):
+    """Return y + z."""
     if len(z) == 2:
         return (y[0] + z[0], y[1] + z[1])
     else:
@@ -72,6 +75,7 @@ def plus(y, z):
 
 @triton.jit
 def times(y, z):
+    """Return y z."""
     if len(z) == 2:
         return (tl.fma(y[0], z[0], -(y[1] * z[1])), tl.fma(y[0], z[1], y[1] * z[0]))
     else:
@@ -157,6 +161,8 @@ def exp_sum(x):
     if x.dtype == tl.float64:
         return tl.exp2(x * LOG2_E), tl.zeros_like(x)
     else:
+        large = x > 80  # 2^n overflows before e^x does
+        x = tl.where(large, x - 64, x)
         n = tl.floor(x * LOG2_E + 0.5)
         r = tl.fma(-n, 1.4286068203094173e-06, tl.fma(-n, 0.693145751953125, x))  # ln 2, its first digits apart
         p = tl.fma(r, 0.0014061422676135337, 0.008379059035691179)
@@ -166,7 +172,8 @@ def exp_sum(x):
         rest = tl.fma(p, r, 1.000000049796864) * r
         rounded = rest + 1
         power = tl.where(x < -87, 0.0, tl.exp2(n))
-        power = tl.where(x > 88, float("inf"), power)
-        normal = (x >= -87) & (x <= 88)
+        normal = (x >= -87) & (x <= 80)
         high = tl.where(normal | (x != x), rounded * power, power)
-        return high, tl.where(normal, (rest - (rounded - 1)) * power, 0.0)
+        low = tl.where(normal, (rest - (rounded - 1)) * power, 0.0)
+        factor = tl.where(large, 6.235149080811617e27, 1.0)  # e^64
+        return high * factor, low * factor

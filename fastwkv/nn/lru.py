@@ -72,10 +72,10 @@ class LRU(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden=hidden, state=state)
-        if not 0 <= r_min <= r_max <= 1 or r_max == 0:
-            raise ValueError(f"the ring must be 0 <= r_min <= r_max <= 1, not empty, got [{r_min}, {r_max}]")
-        if not max_phase > 0:
-            raise ValueError(f"max_phase must be above 0, got {max_phase}")
+        if not 0 <= r_min <= r_max <= 1 or r_max == 0 or r_min == 1:
+            raise ValueError(f"the ring must be 0 <= r_min <= r_max <= 1 and within (0, 1), got [{r_min}, {r_max}]")
+        if not 0 < max_phase < math.inf:
+            raise ValueError(f"max_phase must be above 0 and finite, got {max_phase}")
         self.hidden, self.state = hidden, state
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         self.bidirectional = bidirectional

@@ -30,6 +30,7 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
         getattr(module, name): None
         for module in model.modules()
         for name in getattr(module, "recurrent_parameters", ())
+        if name in module._parameters
     }
     others = (parameter for parameter in model.parameters() if parameter not in recurrent)
     groups: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from fastwkv.ops import checks
 def check_sizes(**sizes: int) -> None:
     """Each size of a layer is an int, at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int):
+        if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

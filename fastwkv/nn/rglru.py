@@ -89,7 +89,8 @@ class RGLRU(nn.Module):
             return_state: return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
                 :func:`fastwkv.linear_scan`; states are then ``[S, H]``.
-            segment_starts: bool ``[B, T]``, True at further tokens that start a segment: what was before is forgotten.
+            segment_starts: bool ``[B, T]``, True at further tokens that start a segment: what was before is
+                forgotten, if it was finite.
 
         Returns:
             h ``[B, T, H]`` of the dtype of x; with ``return_state`` also the state.

@@ -6,10 +6,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.launch import packed_edges, scan_dtypes
+from fastwkv.kernels.launch import scan_dtypes
 from fastwkv.ops import checks
 from fastwkv.ops.derivatives import differentiated, differentiated_again, in_forward_mode
 from fastwkv.ops.library import register
+from fastwkv.ops.linear_scan_derivatives import Composed
 
 
 @overload
@@ -54,10 +55,14 @@ def linear_scan(
 
         h_t = a_t h_{t-1} + x_t
 
-    States are float32 for 16-bit and float32 results, of the dtype of the result otherwise. Any a is legal; where
-    |a| > 1 the result grows as the formula says. Two runs give the same bits. Gradients of every order reach a (or
-    log_a), x and the initial state, from h and from the final state, in reverse and in forward mode. With a complex a
-    they follow PyTorch's convention (the gradient is that of the conjugate), and a real x gets the real part.
+    States are float32 for 16-bit and float32 results, of the dtype of the result otherwise. What roundings cut off is
+    carried along, so that for |a| <= 1 a result of 32 bits or more is rounded about once, whatever T. Where |a| > 1 it
+    grows as the formula says (on a GPU, time is cut into chunks where B and C are small: there the product of the
+    multipliers of a chunk must not overflow unless the state before it is 0). Two runs give the same bits.
+
+    Gradients of every order reach a (or log_a), x and the initial state, from h and from the final state, in reverse
+    and in forward mode; ``torch.func.vmap`` over them is not supported. With a complex a they follow PyTorch's
+    convention (the gradient is that of the conjugate), and a real x gets the real part.
 
     Args:
         a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None if ``log_a`` is
@@ -66,7 +71,8 @@ def linear_scan(
         initial_state: h before the first token (with ``reverse``: after the last); zero if None. One row a sequence:
             ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
         log_a: the multiplier as ``a = exp(log_a)``, for gates that are computed so: 16 bits tell 0.999 from 1 in log a
-            but not in a. -inf makes a = 0. The shapes are those of ``a``.
+            but not in a. -inf makes a = 0. The shapes are those of ``a``. If it is real, e^{log a} is not rounded to
+            the dtype of the states.
         reverse: run from the last token to the first: ``h_t = a_t h_{t+1} + x_t``.
         return_state: return the state after the last token of every sequence too (with ``reverse``: after the first).
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
@@ -140,8 +146,10 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     if not log and a.dtype == x_t.dtype == state.dtype:
         return torch.addcmul(x_t, a, state)  # one launch, and differentiable
     if differentiated([a, x_t, state]):
-        a = a.to(torch.promote_types(a.dtype, torch.float32))
-        return torch.addcmul(x_t.to(state_dtype), (a.exp() if log else a).to(state_dtype), state)
+        # As one float32, e^{log a} would be rounded at every token in the same way.
+        wide = torch.promote_types(state_dtype, torch.float64) if log else state_dtype
+        a = a.to(wide)
+        return torch.addcmul(x_t.to(wide), a.exp() if log else a, state.to(wide)).to(state_dtype)
     if dtype.is_complex:
         a, log = (a.exp() if log else a), False
         a, x_t = a.to(dtype), x_t.to(dtype)
@@ -176,7 +184,7 @@ class LinearScan(torch.autograd.Function):
         gh = torch.zeros_like(h) if gh is None else _plain(gh)
         gfinal = None if gfinal is None else _plain(gfinal)
         if differentiated_again():
-            composed = _Composed(a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
+            composed = Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
             ga, gx, ginitial = composed.backward(gh, gfinal)
             return ga, gx.to(ctx.dtype), ginitial, None, None, None
         ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
@@ -199,55 +207,7 @@ class _DualLinearScan(LinearScan):
     def jvp(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
         """Run the tangent recurrence, which is the same with another input."""
         a, initial, cu_seqlens, h = ctx.saved_tensors
-        return _Composed(a, h, initial, cu_seqlens, ctx.log, ctx.reverse).forward(da, dx, dinitial)
-
-
-class _Composed:
-    """The derivatives of the linear scan as linear scans, which can be differentiated themselves."""
-
-    def __init__(
-        self, a: Tensor, h: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
-    ) -> None:
-        state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
-        self.dtype, self.of_a = h.dtype, a
-        self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
-        self.a = a.to(state_dtype).exp() if log else a.to(state_dtype)
-        B, T, _ = h.shape
-        self.rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        edges = packed_edges(torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens, T, reverse)
-        edges = edges.flip(0) if reverse else edges
-        self.first, self.last = (edges & 1) != 0, (edges & 2) != 0  # of the sequences, in the order of the scan
-        self.sequence = edges >> 2
-        self.initial = initial
-        before = h.to(state_dtype).roll(-1 if reverse else 1, 1)
-        self.h_before = torch.where(self.first[:, None], 0 if initial is None else self._at_tokens(initial), before)
-
-    def backward(self, gh: Tensor, gfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients of a, x and the initial state."""
-        a = self.a.expand(self.h_before.shape).conj()
-        after = torch.where(self.last[:, None], 1, a.roll(1 if self.reverse else -1, 1))
-        g = linear_scan(after, gh.to(a.dtype), gfinal, reverse=not self.reverse, cu_seqlens=self.cu_seqlens)
-        ga = g * self.h_before.conj()
-        ga = ga * a if self.log else ga
-        ga = (ga.sum((0, 1)) if self.of_a.dim() == 1 else ga).to(self.of_a.dtype)
-        if self.initial is None:
-            return ga, g, None
-        B, T, C = g.shape
-        # Sequences lie one after the other, whether they are packed or in rows of the batch.
-        return ga, g, (a * g).reshape(B * T, C)[self.first.repeat(B).nonzero()[:, 0]]
-
-    def forward(self, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the tangents of h and of the final state."""
-        total = torch.zeros_like(self.h_before) if dx is None else dx.to(self.h_before.dtype)
-        if da is not None:
-            total = total + (da * self.a if self.log else da) * self.h_before
-        dh, dfinal = linear_scan(
-            self.a, total, dinitial, reverse=self.reverse, return_state=True, cu_seqlens=self.cu_seqlens
-        )
-        return dh.to(self.dtype), dfinal
-
-    def _at_tokens(self, state: Tensor) -> Tensor:
-        return state[:, None] if self.cu_seqlens is None else state[self.sequence]
+        return Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse).forward(da, dx, dinitial)
 
 
 def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str, Tensor, bool]:
@@ -305,7 +265,7 @@ register(
 register(
     "linear_scan_bwd(Tensor a, Tensor h, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse, Tensor gh,"
     " Tensor? gfinal, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    "linear_scan",
+    "linear_scan_bwd",
     _linear_scan_bwd_fake,
 )
 register(

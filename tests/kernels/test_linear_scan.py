@@ -94,16 +94,27 @@ def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, reverse
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_nan_does_not_cross_into_another_sequence_in_chunks(reverse):
+@pytest.mark.parametrize("poisoned", ["a", "x"])
+def test_nan_does_not_cross_into_another_sequence_in_chunks(poisoned, reverse):
     case = make_case(0, 1, 0, 3, lengths=[50, 60], reverse=reverse)
-    x = case.x.clone()
-    x[0, 55 if reverse else 10, 1] = torch.nan
+    dirty = {"a": case.a.clone(), "x": case.x.clone()}[poisoned]
+    # In a chunk that both sequences have a part in.
+    dirty[0, 55 if reverse else 49, 1] = torch.nan
     with Implementation("triton") as context:
-        h, final, ga, gx, ginitial = launch(context, replace(case, x=x), launch=Launch(4, 1, SCAN_ROWS))
+        case = replace(case, **{poisoned: dirty})
+        h, final, ga, gx, ginitial = launch(context, case, launch=Launch(4, 1, SCAN_ROWS))
     clean = slice(0, 50) if reverse else slice(50, 110)
     assert not any(t[:, clean].isnan().any() for t in (h, ga, gx))
     assert final.isnan().any(1).tolist() == ([False, True] if reverse else [True, False])
-    assert not ginitial.isnan().any()
+    assert not ginitial[1 if not reverse else 0].isnan().any()
+
+
+def test_what_roundings_cut_off_is_carried_from_chunk_to_chunk():
+    a, x = torch.ones(3), torch.full((1, 768, 3), 0.1)
+    with Implementation("triton") as context:
+        h, _ = context.launcher("linear_scan_fwd")(a, x, None, None, False, False, launch=Launch(4, 1, SCAN_ROWS))
+    wanted = torch.arange(1, 769, dtype=torch.float64)[None, :, None] * x[0, 0].double()
+    assert relative_error(h, wanted) <= 4e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
@@ -169,8 +180,8 @@ def test_one_chunk_where_batch_and_channels_fill_the_device():
 def test_length_is_in_no_compile_key():
     # Read in a process of its own: interpreted kernels have no compile key.
     script = (
-        "from fastwkv.kernels import linear_scan as scan, linear_scan_step as step\n"
-        "for kernel in (scan._linear_scan_fwd_kernel, scan._linear_scan_bwd_kernel, scan._linear_scan_carry_kernel,\n"
+        "from fastwkv.kernels import linear_scan as scan, linear_scan_bwd as bwd, linear_scan_step as step\n"
+        "for kernel in (scan._linear_scan_fwd_kernel, bwd._linear_scan_bwd_kernel, scan._linear_scan_carry_kernel,\n"
         "               step._linear_scan_step_kernel):\n"
         "    print(*[p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize])\n"
     )

@@ -211,11 +211,13 @@ def test_bidirectional_has_no_state(module: type[nn.Module]) -> None:
     [
         ({"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
         ({"state": 2.0}, TypeError, "state must be an int, got float"),
-        ({"r_min": -0.1}, ValueError, r"0 <= r_min <= r_max <= 1, .* got \[-0.1, 1.0\]"),
+        ({"r_min": -0.1}, ValueError, r"0 <= r_min <= r_max <= 1 .* got \[-0.1, 1.0\]"),
         ({"r_min": 0.5, "r_max": 0.4}, ValueError, r"got \[0.5, 0.4\]"),
         ({"r_max": 1.1}, ValueError, r"got \[0.0, 1.1\]"),
-        ({"r_max": 0.0}, ValueError, "not empty"),
-        ({"max_phase": 0.0}, ValueError, "max_phase must be above 0, got 0.0"),
+        ({"r_max": 0.0}, ValueError, r"within \(0, 1\), got \[0.0, 0.0\]"),
+        ({"r_min": 1.0}, ValueError, r"within \(0, 1\), got \[1.0, 1.0\]"),
+        ({"max_phase": math.inf}, ValueError, "above 0 and finite, got inf"),
+        ({"max_phase": 0.0}, ValueError, "max_phase must be above 0 and finite, got 0.0"),
     ],
 )
 def test_bad_sizes_and_rings_are_named(arguments: dict[str, float], error: type[Exception], message: str) -> None:

@@ -215,6 +215,39 @@ def test_nan_multiplier_spoils_its_own_channel_only(implementation):
     assert not h[..., [0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_what_roundings_cut_off_does_not_cross_into_another_sequence(implementation, dtype):
+    case = make_case(0, 1, 0, 5, dtype=dtype, lengths=[20, 25], radius=(1.0, 1.0), state=False)
+    large = torch.where(torch.arange(45) < 20, 1e8, 1)[None, :, None]
+    a = case.a.to(dtype)
+    for x, gh, part in ((case.x * large, case.x, slice(20, 45)), (case.x, case.x * large.flip(1), slice(0, 25))):
+        cut = torch.tensor([0, 20, 45] if part.start else [0, 25, 45])
+        leaf = x.to(implementation.device, dtype).requires_grad_()
+        h = linear_scan(a.to(implementation.device), leaf, cu_seqlens=cut.to(implementation.device))
+        (gx,) = torch.autograd.grad(h, leaf, gh.to(implementation.device, dtype))
+        alone = x[:, part].to(dtype).requires_grad_()
+        h_alone = linear_scan(a[:, part], alone)
+        assert relative_error(h[:, part], h_alone) <= 1e-7
+        (gx_alone,) = torch.autograd.grad(h_alone, alone, gh[:, part].to(dtype))
+        assert relative_error(gx[:, part], gx_alone) <= 1e-7
+
+
+@pytest.mark.parametrize("log_a", [88.5, 85.0, 60.0, -80.0, -100.0, -torch.inf, torch.inf, torch.nan])
+def test_log_multiplier_may_have_any_size(implementation, log_a):
+    x = torch.full((1, 3, 1), 0.1)
+    given = torch.full((1,), log_a)
+    h = linear_scan(None, x.to(implementation.device), log_a=given.to(implementation.device)).cpu()
+    wanted = reference.linear_scan(None, x, log_a=given)
+    torch.testing.assert_close(h, wanted, rtol=1e-5, atol=0, equal_nan=True)
+    step = linear_scan_step(
+        None,
+        x[:, 1].to(implementation.device),
+        h[:, 0].to(implementation.device),
+        log_a=given.to(implementation.device),
+    )
+    torch.testing.assert_close(step.cpu(), wanted[:, 1], rtol=1e-5, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_overflow_is_infinite_as_in_a_loop(implementation, dtype, fixed):

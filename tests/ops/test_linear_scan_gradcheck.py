@@ -42,6 +42,25 @@ def test_gradients_are_those_of_finite_differences(name, dtype, fixed, state, le
         assert torch.autograd.gradcheck(outputs, inputs, eps=1e-6, atol=1e-7, rtol=1e-6, fast_mode=fast)
 
 
+@pytest.mark.parametrize("lengths", [None, [3, 1, 5]])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_pass_that_can_be_differentiated_is_the_same(dtype, log, fixed, reverse, lengths):
+    for state in (False, True):
+        outputs, inputs = setting(
+            linear_scan, Implementation("cpu"), dtype=dtype, log=log, fixed=fixed, reverse=reverse, lengths=lengths,
+            state=state,
+        )  # fmt: skip
+        results = outputs(*inputs)
+        cotangents = [torch.randn_like(result) for result in results]
+        wanted = torch.autograd.grad(results, inputs, cotangents, retain_graph=True)
+        composed = torch.autograd.grad(results, inputs, cotangents, create_graph=True)
+        for result, want in zip(composed, wanted, strict=True):
+            torch.testing.assert_close(result, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_entry_of_the_jacobian_is_right_for_interpreted_kernels(dtype):
     with Implementation("triton") as context:

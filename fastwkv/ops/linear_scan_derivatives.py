@@ -1,0 +1,69 @@
+"""The derivatives of the linear scan as linear scans, which can be differentiated themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwkv.kernels.launch import packed_edges, scan_dtypes
+
+
+class Composed:
+    """Derivatives at one point, in PyTorch's operators and the public ``linear_scan``, which is handed in."""
+
+    def __init__(
+        self,
+        linear_scan: Callable[..., Any],
+        a: Tensor,
+        h: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        log: bool,
+        reverse: bool,
+    ) -> None:
+        """Take what the forward pass had and returned; ``a`` is log a if ``log``."""
+        T = h.shape[1]
+        state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
+        self.linear_scan, self.dtype, self.given_dtype, self.fixed = linear_scan, h.dtype, a.dtype, a.dim() == 1
+        self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
+        self.given = a.to(state_dtype)
+        self.a = self.given.exp() if log else self.given
+        edges = packed_edges(torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens, T, reverse)
+        edges = edges.flip(0) if reverse else edges
+        first, self.last = (edges & 1) != 0, (edges & 2) != 0  # of the sequences, in the order of the scan
+        self.initial = initial
+        before: Tensor | int = 0
+        if initial is not None:
+            before = initial[:, None] if cu_seqlens is None else initial[edges >> 2]
+        self.h_before = torch.where(first[:, None], before, h.to(state_dtype).roll(-1 if reverse else 1, 1))
+
+    def backward(self, gh: Tensor, gfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients of a, x and the initial state."""
+        a, given = (t.expand(self.h_before.shape).conj() for t in (self.a, self.given))
+        one = 0 if self.log else 1
+        after = torch.where(self.last[:, None], one, given.roll(1 if self.reverse else -1, 1))
+        g = self._scan(after, gh.to(a.dtype), gfinal, reverse=not self.reverse)
+        ga = g * self.h_before.conj()
+        ga = ga * a if self.log else ga
+        ga = (ga.sum((0, 1)) if self.fixed else ga).to(self.given_dtype)
+        return ga, g, None if self.initial is None else self._first_tokens(a * g)
+
+    def forward(self, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tangents of h and of the final state."""
+        total = torch.zeros_like(self.h_before) if dx is None else dx.to(self.h_before.dtype)
+        if da is not None:
+            total = total + (da * self.a if self.log else da) * self.h_before
+        dh, dfinal = self._scan(self.given, total, dinitial, reverse=self.reverse, return_state=True)
+        return dh.to(self.dtype), dfinal
+
+    def _scan(self, given: Tensor, x: Tensor, initial: Tensor | None, **options: bool) -> Any:
+        # Not with e^{log a}: as one number it is rounded, at every token in the same way.
+        a, log_a = (None, given) if self.log else (given, None)
+        return self.linear_scan(a, x, initial, log_a=log_a, cu_seqlens=self.cu_seqlens, **options)
+
+    def _first_tokens(self, t: Tensor) -> Tensor:
+        """Return what stands at the first token of every sequence."""
+        if self.cu_seqlens is None:
+            return t[:, -1 if self.reverse else 0]
+        return t[0, self.cu_seqlens[1:] - 1 if self.reverse else self.cu_seqlens[:-1]]
