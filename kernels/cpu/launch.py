@@ -22,10 +22,6 @@ PIECES_PER_THREAD = 2
 # torch.empty has fresh memory for every large tensor. In pages of 4 KiB the system takes longer to hand it out than a
 # scan takes for the rest: with huge pages (4, 4096, 256) in complex64 is done in a third of the time.
 HUGE_PAGE = 2**21
-# Above this glibc takes memory from the system and gives it back every time. Pages that the threads of a kernel touch
-# in passing come one by one, each thread waiting for the other: asked for at once, they take a third of the time.
-ALWAYS_FRESH = 2**25
-POPULATE_WRITE = 23  # of Linux 5.14; older systems refuse it
 
 
 def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
@@ -65,13 +61,9 @@ def large_empty_like(t: Tensor) -> Tensor:
     """Return ``torch.empty_like(t)``, in huge pages if it is large and the system has them."""
     result = torch.empty_like(t)
     first = -(-result.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    pages = (result.data_ptr() + result.nbytes - first) // HUGE_PAGE
-    if pages > 0 and _madvise is not None:
-        _madvise(first, pages * HUGE_PAGE, mmap.MADV_HUGEPAGE)  # advice: it may fail
-        if result.nbytes > ALWAYS_FRESH:
-            pieces = torch.get_num_threads()
-            bounds = [first + i * pages // pieces * HUGE_PAGE for i in range(pieces + 1)]
-            parallel(lambda i: _madvise(bounds[i], bounds[i + 1] - bounds[i], POPULATE_WRITE), pieces)
+    size = (result.data_ptr() + result.nbytes) // HUGE_PAGE * HUGE_PAGE - first
+    if size > 0 and _madvise is not None:
+        _madvise(first, size, mmap.MADV_HUGEPAGE)  # advice: it may fail
     return result
 
 
