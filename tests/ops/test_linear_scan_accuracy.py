@@ -66,3 +66,24 @@ def test_double_precision_is_exact(implementation):
     for dtype in (torch.float64, torch.complex128):
         case = make_case(3, 2, length(implementation, 1024, 64), 8, dtype=dtype, radius=(1.0, 1.0))
         assert_close(run(linear_scan, case, implementation.device), expected(case), (1e-12, 1e-12))
+
+
+def test_steps_of_a_log_multiplier_do_not_drift_where_they_are_differentiated():
+    log_a = torch.tensor([-1e-4, -3e-4, -1e-3])
+    x = torch.randn(1, 4096, 3, generator=torch.Generator().manual_seed(0))
+    wanted = linear_scan(None, x, log_a=log_a)
+    outputs, state = [], torch.zeros(1, 3, requires_grad=True)
+    for x_t in x.unbind(1):
+        state = linear_scan_step(None, x_t, state, log_a=log_a)
+        outputs.append(state)
+    assert relative_error(torch.stack(outputs, 1), wanted) <= 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_with_gradients_reads_16_bits_as_one_without(dtype):
+    log_a, x, state = torch.full((3,), -7e-3, dtype=dtype), torch.ones(2, 3, dtype=dtype), torch.ones(2, 3)
+    plain = linear_scan_step(None, x, state, log_a=log_a)
+    differentiable = linear_scan_step(None, x, state, log_a=log_a.requires_grad_())
+    torch.testing.assert_close(differentiable, plain, rtol=1e-7, atol=0)
+    differentiable.sum().backward()
+    assert log_a.grad.dtype == dtype
