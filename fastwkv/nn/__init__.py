@@ -6,7 +6,8 @@ from fastwkv.nn.lru import LRU, LRUBlock
 from fastwkv.nn.mingru import MinGRU
 from fastwkv.nn.param_groups import param_groups
 from fastwkv.nn.rglru import RGLRU
-from fastwkv.nn.rwkv4 import RWKV4, RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
+from fastwkv.nn.rwkv4 import RWKV4
+from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.s4d import S4D
 from fastwkv.nn.state import RWKV4State
 

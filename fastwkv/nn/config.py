@@ -20,7 +20,7 @@ class RWKV4Config:
         layers: number of blocks, L.
         width: size of the residual stream, D. The channel mix has 4 D hidden units.
         vocab_size: number of tokens, V; 50277 is that of the Pile models.
-        layer_norm_eps: added to the variance in every LayerNorm.
+        layer_norm_eps: added to the variance in the LayerNorms of the blocks; in the last one, ``ln_out``, it is 1e-5.
 
     Raises:
         TypeError: a size is no integer.
