@@ -1,0 +1,1 @@
+"""WKV in place of other projects' implementations, which are not changed for it."""
