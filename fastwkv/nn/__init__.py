@@ -10,12 +10,14 @@ from fastwkv.nn.rwkv4 import RWKV4
 from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.s4d import S4D
 from fastwkv.nn.state import RWKV4State
+from fastwkv.nn.tensor_files import CheckpointError
 
 __all__ = [
     "LRU",
     "RGLRU",
     "RWKV4",
     "S4D",
+    "CheckpointError",
     "LRUBlock",
     "MinGRU",
     "RWKV4Block",

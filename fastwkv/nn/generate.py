@@ -1,6 +1,7 @@
 """Text generation, a token at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     state: RWKV4State | None = None,
-) -> Iterator[Tensor]:
+) -> "Generation":
     """Continue a batch of texts, yielding each new token as soon as it is known.
 
     The prompt is read in parallel, then every token costs one recurrent step: the same time and memory at any length.
@@ -38,8 +39,8 @@ def generate(
         seed: of this call's own random generator, on the device of the model; None draws a new one.
         state: what the model remembers of the text before the prompt; empty if None.
 
-    Yields:
-        int64 ``[B]``, one new token of every text.
+    Returns:
+        an iterator over int64 ``[B]``, one new token of every text, that also knows the state: :class:`Generation`.
 
     Raises:
         TypeError: an argument is of another type.
@@ -64,24 +65,45 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return _stream(model, tokens, max_new_tokens, temperature, top_p, generator, state)
+    return Generation(
+        model, tokens, max_new_tokens, partial(sample, temperature=temperature, top_p=top_p, generator=generator), state
+    )
 
 
-def _stream(
-    model: RWKV4,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
-    state: RWKV4State | None,
-) -> Iterator[Tensor]:
-    for _ in range(max_new_tokens):
+class Generation(Iterator[Tensor]):
+    """New tokens as they become known, int64 ``[B]`` each: what :func:`generate` returns."""
+
+    def __init__(
+        self,
+        model: RWKV4,
+        tokens: Tensor,
+        max_new_tokens: int,
+        sample: Callable[[Tensor], Tensor],
+        state: RWKV4State | None,
+    ) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._left = max_new_tokens
+        self._sample = sample
+        self._state = state
+
+    def __next__(self) -> Tensor:
+        if not self._left:
+            raise StopIteration
         with torch.inference_mode():
-            x, state = model.features(tokens, state)
-            token = sample(model.head(x[:, -1]), temperature, top_p, generator)
-            tokens = token[:, None]
-        yield token.clone()  # made outside inference mode, so that the caller may train on it
+            x, self._state = self._model.features(self._tokens, self._state)
+            token = self._sample(self._model.head(x[:, -1]))
+            self._tokens = token[:, None]
+        self._left -= 1
+        return token.clone()  # made outside inference mode, so that the caller may train on it
+
+    @property
+    def state(self) -> RWKV4State | None:
+        """What the model remembers of all that it has read: everything before the latest token; at first what came in.
+
+        To continue, hand it to :func:`generate` with the latest token as the prompt.
+        """
+        return None if self._state is None else self._state.clone()
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -4,16 +4,18 @@ Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, sect
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from fastwkv.nn.checkpoint import open_checkpoint, save
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.rwkv4_layers import RWKV4Block, orthogonal_
 from fastwkv.nn.state import RWKV4State, check_state, empty_wkv_state
-from fastwkv.ops.checks import check_cu_seqlens, check_device
+from fastwkv.ops.checks import FLOATING, check_cu_seqlens, check_device
 
 _LN_OUT_EPS = 1e-5  # whatever that of the blocks is, as in Hugging Face's model: their checkpoints mean the same here
 
@@ -62,6 +64,53 @@ class RWKV4(nn.Module):
         V, D = self.head.weight.shape
         orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / D, 1)))
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> "RWKV4":
+        """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
+
+        Nothing in a file is run (safetensors, or ``torch.load(weights_only=True)``), and everything is checked before
+        anything is loaded. Files are mapped, and the model is built without memory: it is there once.
+
+        Args:
+            path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
+                in shards with an index.
+            dtype: of the parameters; as stored if None. time_decay and time_first stay float32 in a 16-bit model.
+            device: where to.
+
+        Raises:
+            OSError: a file is missing or cannot be opened.
+            CheckpointError: the checkpoint is damaged, of another version of RWKV, or has missing, unexpected or
+                misshapen tensors; the message names the first of them. It is a ValueError.
+            TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
+
+        """
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+        checkpoint = open_checkpoint(path)
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        checkpoint.load_into(model, dtype, device)
+        return model
+
+    def save_pretrained(self, path: str | Path, format: str = "fastwkv") -> None:
+        """Write the parameters, bit for bit, in one of three formats; :meth:`from_pretrained` reads each.
+
+        Each file is replaced whole or not at all.
+
+        Args:
+            path: a folder, made if it is not there; for "blinkdl" a file.
+            format: "fastwkv" (safetensors and config.json), "hf" (the same, as ``RwkvForCausalLM`` of transformers
+                reads it) or "blinkdl" (a dictionary of ``torch.save``).
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: the format is another, or cannot say what the model is.
+
+        """
+        save(self, self.config, path, format)
+
     def empty_state(self, batch: int) -> RWKV4State:
         """Return the state before any text, for a batch of this size, on the device of the model."""
         shape = (self.config.layers, batch, self.config.width)
@@ -109,7 +158,7 @@ class RWKV4(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RWKV4State]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+            return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return block(*inputs)  # type: ignore[no-any-return]
 
     def check_inputs(self, tokens: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None) -> None:

@@ -1,11 +1,14 @@
 """What an RWKV-4 model remembers between calls."""
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastwkv.nn.config import RWKV4Config
+from fastwkv.nn.tensor_files import CheckpointError, read_tensors, write_tensors
 from fastwkv.reference.wkv import WKVState
 
 
@@ -28,7 +31,51 @@ class RWKV4State(NamedTuple):
 
     def detach(self) -> "RWKV4State":
         """Return the same values, cut from the autograd graph: what truncated backpropagation carries on."""
-        return RWKV4State(self.att_x.detach(), self.ffn_x.detach(), WKVState(*(t.detach() for t in self.wkv)))
+        return self._each(Tensor.detach)
+
+    def clone(self) -> "RWKV4State":
+        """Return a copy that shares no memory."""
+        return self._each(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> "RWKV4State":
+        """Return the same values on this device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "RWKV4State":
+        return RWKV4State(change(self.att_x), change(self.ffn_x), WKVState(*map(change, self.wkv)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the five tensors by name."""
+        return {"att_x": self.att_x, "ffn_x": self.ffn_x} | {f"wkv.{n}": t for n, t in self.wkv._asdict().items()}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "RWKV4State":
+        """Return the state of these tensors: the inverse of :meth:`tensors`.
+
+        Raises:
+            KeyError: one is not there.
+
+        """
+        wkv = WKVState(*(tensors[f"wkv.{name}"] for name in WKVState._fields))
+        return RWKV4State(tensors["att_x"], tensors["ffn_x"], wkv)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state into a safetensors file, whole or not at all. Its size does not depend on the text's."""
+        write_tensors(Path(path), self.tensors())
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> "RWKV4State":
+        """Read what :meth:`save` has written, in any process.
+
+        Raises:
+            OSError: the file cannot be opened.
+            CheckpointError: it is damaged or holds something else.
+
+        """
+        try:
+            return RWKV4State.from_tensors(read_tensors(Path(path))).clone().to(device)
+        except KeyError as error:
+            raise CheckpointError(f"{path}: expected the state of an RWKV-4 model, but it has no {error}") from None
 
     def unbind(self) -> list["RWKV4State"]:
         """Return the state of every block, as views."""

@@ -64,7 +64,7 @@ def test_packed_gradients_equal_one_after_the_other() -> None:
     packed = model(tokens, state, cu_seqlens=offsets(lengths))[0].square().sum()
     pieces = enumerate(tokens.split(lengths, 1))
     single = torch.stack([model(piece, row(state, n))[0].square().sum() for n, piece in pieces]).sum()
-    assert_same(gradients(model, packed, leaves), gradients(model, single, leaves), 5e-6)
+    assert_same(gradients(model, packed, leaves), gradients(model, single, leaves), SAME)  # measured 3.4e-7
 
 
 def test_packed_layers_alone_start_every_text_from_an_empty_state() -> None:
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_remembers_less() -> None:
 
     plain = remembered()
     model.gradient_checkpointing = True
-    assert remembered() < plain / 4  # measured: a ninth
+    assert remembered() < plain / 4  # measured: a seventeenth
 
 
 def test_gradient_checkpointing_changes_nothing_in_inference() -> None:
