@@ -29,10 +29,10 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
         """Give a model of the meta device copies of these tensors: the only ones in memory, the files are mapped."""
-        options = {"copy": True, "memory_format": torch.contiguous_format}
         loaded = {}
         for name, tensor in self.tensors.items():
-            loaded[name] = tensor.detach().to(device, _dtype_in_model(name, tensor.dtype, dtype), **options)
+            kept = _dtype_in_model(name, tensor.dtype, dtype)
+            loaded[name] = tensor.detach().to(device, kept, copy=True, memory_format=torch.contiguous_format)
         model.load_state_dict(loaded, assign=True)
 
 
