@@ -1,1 +1,1 @@
-"""WKV in place of other projects' implementations, which are not changed for it."""
+"""The operators inside other projects' models."""
