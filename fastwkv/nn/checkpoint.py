@@ -77,8 +77,7 @@ def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -
     if format == "blinkdl":
         if config.layer_norm_eps != _DEFAULT_EPS:
             raise ValueError(f"BlinkDL's format means layer_norm_eps = 1e-5, the model has {config.layer_norm_eps}")
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        replace_file(path, lambda part: torch.save(on_cpu, part))
+        replace_file(path, lambda part: torch.save({name: _compact(tensor) for name, tensor in tensors.items()}, part))
         return
     write_tensors(path / _WEIGHTS[0], tensors)
     dtype = str(model.get_parameter("embeddings.weight").dtype).removeprefix("torch.")
@@ -194,6 +193,12 @@ def _dtype_in_model(name: str, stored: torch.dtype, wanted: torch.dtype | None) 
     if wanted is None:
         return stored
     return torch.promote_types(wanted, torch.float32) if name.endswith((".time_decay", ".time_first")) else wanted
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Return the values on the CPU in memory of exactly their size: ``torch.save`` writes all that is behind a view."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _some(names: list[str]) -> str:

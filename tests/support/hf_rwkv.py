@@ -8,7 +8,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 
 from fastwkv.integrations.transformers import patch
 
-SAME = 2e-6  # relative L2 distance of two float32 computations of one thing; measured up to 4e-7, gradients 1.1e-6
+SAME = 1.5e-6  # relative L2 distance of two float32 computations of one thing; measured up to 6e-7
 
 
 def build(layers: int = 3, hidden: int = 16, seed: int = 0, **changes: Any) -> RwkvForCausalLM:
