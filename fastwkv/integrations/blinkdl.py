@@ -171,4 +171,4 @@ def _wide(vector: Tensor) -> Tensor:
 
 def _rows_as_channels(x: Tensor) -> Tensor:
     """Lay the rows of ``[B, T, C]`` side by side, ``[1, T, B C]``: then what is summed over B stays apart."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], -1)
+    return x.transpose(0, 1).reshape(1, x.shape[1], -1).contiguous()  # of one channel, reshape makes a strided view
