@@ -11,6 +11,9 @@ from wkv_cases import DTYPES, ORDINARY
 from fastwkv import reference
 from fastwkv.integrations.blinkdl import RUN_CUDA, install, uninstall, wkv_cuda
 
+# Measured, of the bounds in ORDINARY: float32 y 6e-8, gradients 9e-7 (gw); bfloat16 2e-3 and 3e-3; float64 2e-15.
+# Where the extension rounds a row of gw and gu to bfloat16, rows may cancel in the sum that follows: measured 7e-3.
+ROUNDED_ROWS = {"w": 2e-2, "u": 2e-2}
 NAMES = ("w", "u", "k", "v")
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 40), st.sampled_from((1, 2, 5, 17, 33)))
 MANY = settings(max_examples=40)
@@ -81,7 +84,8 @@ def expected(*inputs, function=reference.wkv):
 def test_training_code_equals_reference_in_values_and_gradients(installed, shape, dtype, hands_in_y, seed):
     inputs = draw(*shape, dtype, seed)
     results = run(training_code(dtype, hands_in_y=hands_in_y), *inputs)
-    assert_close(results, expected(*inputs), ORDINARY[dtype], floor=1.0)
+    rows = ROUNDED_ROWS if dtype == torch.bfloat16 else {}
+    assert_close(results, expected(*inputs), ORDINARY[dtype], floor=1.0, **rows)
 
 
 @MANY
