@@ -1,4 +1,4 @@
-"""Imports point one way: nn and integrations to ops, ops to kernels; the reference stands alone."""
+"""Imports point one way: cli to nn, nn and integrations to ops, ops to kernels; the reference stands alone."""
 
 import ast
 from pathlib import Path
@@ -13,6 +13,7 @@ ALLOWED = {
     "fastwkv/ops": {"fastwkv.kernels.config", "fastwkv.kernels.launch", "fastwkv.reference.wkv"},  # WKVState is there
     "fastwkv/nn": {"fastwkv.ops", "fastwkv.reference.wkv"},
     "fastwkv/integrations": {"fastwkv.ops", "fastwkv.nn", "fastwkv.reference.wkv"},
+    "fastwkv/cli": {"fastwkv.nn"},
 }
 NAMES = {"reference": "fastwkv.reference", "kernels": "fastwkv.kernels"}
 FILES = [path for folder in ALLOWED for path in sorted((REPOSITORY / folder).rglob("*.py"))]

@@ -1,0 +1,103 @@
+"""One text of the command line: read, continued, and saved whatever ends it."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastwkv.cli.output import progress, write
+from fastwkv.cli.position import Position, advance
+from fastwkv.cli.text import Text
+from fastwkv.nn import RWKV4, generate
+
+_PIECE = 4096  # tokens read at once: enough for full speed, while memory does not grow with the prompt
+_CONTEXT = 8  # tokens before the new text that its decoding may depend on: of a character, or of the space after a word
+
+
+class Session:
+    """A text that is being read or written.
+
+    Args:
+        model: what reads and writes.
+        text: its tokenizer.
+        position: where to begin.
+        tokens: the rest of the prompt.
+        read: how many tokens of the prompt ``position`` holds already.
+
+    """
+
+    def __init__(self, model: RWKV4, text: Text, position: Position, tokens: list[int], read: int = 0) -> None:
+        self._model = model
+        self._text = text
+        self._position = position  # replaced as a whole: an interruption leaves one that is right
+        self._context = [position.last_token, *tokens[-_CONTEXT:]]
+        self._tokens = tokens
+        self._read = read
+        self._generated = 0
+        self._started = self._predicted = self._ended = time.perf_counter()
+
+    def run(self, count: int, stop_token: int | None, save_state: Path | None, draw: dict[str, Any]) -> int:
+        """Read the prompt and print ``count`` new tokens; return the exit status.
+
+        Args:
+            count: of tokens; fewer if ``stop_token`` comes.
+            stop_token: ends the text.
+            save_state: where to write what to continue, also when the text is cut short.
+            draw: options of :func:`fastwkv.nn.generate`.
+
+        Raises:
+            OSError: the text or the state cannot be written.
+
+        """
+        status = 0
+        try:
+            self._read_prompt()
+            self._write_text(count, stop_token, draw)
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            if save_state:
+                self._position.save(save_state)
+        self._report()
+        return status
+
+    def _read_prompt(self) -> None:
+        total = self._read + len(self._tokens)
+        for start in range(0, len(self._tokens), _PIECE):
+            piece = self._tokens[start : start + _PIECE]
+            self._position = advance(self._model, self._position, piece)
+            self._read += len(piece)
+            progress(f"read {self._read:,} of {total:,} tokens")
+        progress("")
+        self._predicted = time.perf_counter()
+
+    def _write_text(self, count: int, stop_token: int | None, draw: dict[str, Any]) -> None:
+        for token in self._context:
+            self._text.decode(token)
+        generation = generate(self._model, self._position.unread(), count, state=self._position.state, **draw)
+        for tensor in generation:
+            token = int(tensor)
+            self._ended = time.perf_counter()
+            if not self._generated:
+                self._predicted = self._ended
+            self._generated += 1
+            if token != stop_token:
+                write(self._text.decode(token))
+            assert generation.state is not None
+            self._position = Position(generation.state, token)
+            if token == stop_token:
+                break
+        if self._generated:
+            write(self._text.finish())
+
+    def _report(self) -> None:
+        """Print how fast it was. The first prediction counts as reading: its logits are those of the prompt."""
+        read = _speed(self._read, self._read, self._predicted - self._started)
+        generated = _speed(self._generated, self._generated - 1, self._ended - self._predicted)
+        new_line = "\n" if sys.stderr.isatty() else ""  # after a text that may end anywhere
+        print(f"{new_line}fastwkv: read {read}, generated {generated}", file=sys.stderr)
+
+
+def _speed(tokens: int, timed: int, seconds: float) -> str:
+    count = f"{tokens:,} token{'s' * (tokens != 1)}"
+    return f"{count} ({timed / seconds:,.1f} tokens/s)" if timed > 0 else count
