@@ -1,6 +1,5 @@
 """Hugging Face's RWKV under the patch: the numbers it had where it was right, and right ones where it was not."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,10 +146,12 @@ def test_state_is_returned_where_it_was_asked_for_and_never_written_to(return_di
         output = model(tokens, state=tuple(state), use_cache=False, return_dict=return_dict)
         without = model(tokens, use_cache=False, return_dict=return_dict)
         training = model.train()(tokens, return_dict=return_dict)
-        after = output[1]
+        model.config.use_cache = False
+        by_default = model.eval()(tokens, return_dict=return_dict)
+    after = output[1]
     assert [field.shape for field in after] == [(2, 16, 3)] * 5
     assert all(torch.equal(one, other) for one, other in zip(state, before, strict=True))
-    assert len(without) == len(training) == 1
+    assert len(without) == len(training) == len(by_default) == 1
 
 
 @pytest.mark.parametrize("layers", [1, 3, 13])
@@ -164,6 +165,18 @@ def test_width_of_the_attention_may_differ(layers: int, width: int) -> None:
     assert [tuple(field.shape) for field in whole.state] == [(2, size, layers) for size in (16, 16, *[width] * 3)]
     with pytest.raises(RuntimeError):  # the defect
         model(tokens, use_cache=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rate_of_a_half_precision_decay_is_computed_in_float32(dtype: torch.dtype) -> None:
+    decay, first = torch.linspace(-5, 3, 8).to(dtype), torch.zeros(8, dtype=dtype)
+    key, value = torch.zeros(1, 9, 8, dtype=dtype), torch.randn(1, 9, 8).to(dtype)
+    with patch():
+        low, exact = (
+            modeling_rwkv.rwkv_linear_attention(decay.to(wide), first, key, value, return_state=True)
+            for wide in (dtype, torch.float32)
+        )
+    assert all(torch.equal(one, other) for one, other in zip([low[0], *low[1]], [exact[0], *exact[1]], strict=True))
 
 
 def test_state_of_another_batch_is_refused() -> None:
@@ -203,7 +216,7 @@ def test_half_precision_keeps_a_float32_state(dtype: torch.dtype, vectors: torch
             exact = model(tokens).logits
     assert [field.dtype for field in output.state] == [dtype] * 2 + [torch.float32] * 3
     assert output.logits.dtype == steps.dtype == dtype
-    bound = 6 * torch.finfo(dtype).eps  # three layers of rounded products
+    bound = 3 * torch.finfo(dtype).eps  # measured: 1.0 for the logits, 1.5 for the gradients
     assert distance(output.logits, exact) < bound
     assert distance(steps, exact) < bound
     assert distance(gradient, exact_gradient) < bound
@@ -218,4 +231,4 @@ def test_autocast_equals_float32_to_the_rounding_of_its_products() -> None:
     assert output.logits.dtype == torch.bfloat16
     assert output.state[2].dtype == torch.float32
     for logits in (output.logits, steps):
-        assert distance(logits, exact.logits) < 6 * torch.finfo(torch.bfloat16).eps
+        assert distance(logits, exact.logits) < 2 * torch.finfo(torch.bfloat16).eps  # measured 0.7

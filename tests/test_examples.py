@@ -1,0 +1,50 @@
+"""Every program of examples/ runs as it stands, prints what it promises and stays short."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def check_blinkdl(printed: str) -> None:
+    found = re.findall(r"loss (\S+) -> (\S+)", printed)
+    assert len(found) == 2
+    assert all(0 < float(last) < float(first) / 2 for first, last in found)
+    assert float(printed.split()[-1]) < 1e-5
+
+
+def check_huggingface(printed: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"^step +\d+: loss (\S+)$", printed, re.MULTILINE)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.1 < 2 < losses[0]
+    texts = [[int(token) for token in line.split()] for line in printed.splitlines()[len(losses) :]]
+    assert texts == [[(first + n) % 10 for n in range(16)] for first in range(3)]  # it has learned to count
+
+
+CHECKS: dict[str, Callable[[str], None]] = {"blinkdl": check_blinkdl, "huggingface": check_huggingface}
+NEEDS = {"huggingface": "transformers"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_prints_what_it_promises(path: Path) -> None:
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(path.relative_to(ROOT))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    CHECKS[path.stem](done.stdout)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_has_ten_to_forty_lines_of_code(path: Path) -> None:
+    code = re.sub(r'"""(.|\n)*?"""|^ *#.*$', "", path.read_text(), flags=re.MULTILINE)
+    assert 10 <= sum(bool(line.strip()) for line in code.splitlines()) <= 40
