@@ -70,7 +70,7 @@ class WKVExtension:
     def forward(B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
         """Write WKV of w, u ``[C]`` and k, v ``[B, T, C]`` into y ``[B, T, C]``."""
         _check(B, T, C, {"C": {"w": w, "u": u}, "B T C": {"k": k, "v": v, "y": y}})
-        y.copy_(wkv(-_wide(w), u, k, v))
+        y.copy_(wkv(-w, u, k, v))
 
     @staticmethod
     @torch.no_grad()
@@ -136,7 +136,7 @@ class _Load:
     compiled: Callable[..., Any]
 
     def __call__(self, name: str, sources: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        files = {PurePath(source).name for source in ([sources] if isinstance(sources, str) else sources)}
+        files = {PurePath(source).name for source in sources}  # of one file, a str, the letters: none of ours
         # Who wants no module calls operators of the compiled library.
         if name.startswith("wkv") and files in _SOURCES and kwargs.get("is_python_module", True):
             return wkv_cuda

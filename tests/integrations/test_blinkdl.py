@@ -140,16 +140,17 @@ def test_rate_of_a_half_precision_parameter_is_computed_in_float32(dtype):
 
 
 def backward(w, u, k, v, gy, dtype=None):
-    """The extension's four gradients; those of w and u in ``dtype``."""
+    """Return what the extension writes: gw and gu, in ``dtype``, gk and gv."""
     B, T, C = k.shape
     gw, gu = torch.empty(2, B, C, dtype=dtype or k.dtype)
     gk, gv = torch.empty(2, B, T, C, dtype=k.dtype)
-    wkv_cuda.backward(B, T, C, -w.exp(), u, k, v, torch.empty_like(k), gy, gw, gu, gk, gv)
+    wkv_cuda.backward(B, T, C, w, u, k, v, torch.empty_like(k), gy, gw, gu, gk, gv)
     return gw, gu, gk, gv
 
 
 def test_extension_gives_each_row_the_gradient_of_its_own_sequence():
-    w, u, k, v, gy = draw(4, 9, 5, torch.float64)
+    time_decay, u, k, v, gy = draw(4, 9, 5, torch.float64)
+    w = -time_decay.exp()
     together = backward(w, u, k, v, gy)
     for row in range(4):
         alone = backward(w, u, *(t[row : row + 1] for t in (k, v, gy)))
@@ -158,20 +159,23 @@ def test_extension_gives_each_row_the_gradient_of_its_own_sequence():
 
 
 def test_extension_rounds_gradients_once_a_row():
-    _, u, k, v, gy = draw(3, 50, 7, torch.bfloat16)
-    w = draw(3, 50, 7)[0]
+    time_decay, u, k, v, gy = draw(3, 50, 7, torch.bfloat16)
+    w = -time_decay.float().exp()
     exact, rounded = backward(w, u, k, v, gy, torch.float32), backward(w, u, k, v, gy)
     for wide, narrow in zip(exact, rounded, strict=True):
         assert narrow.dtype == torch.bfloat16
         assert torch.equal(wide.bfloat16(), narrow)
 
 
-def test_extension_takes_w_and_u_of_any_dtype():
-    w, u, k, v, _ = draw(2, 9, 5, vectors=torch.bfloat16)
+def test_extension_computes_with_w_and_u_of_any_dtype_in_float32():
+    time_decay, u, k, v, gy = draw(2, 9, 5, vectors=torch.bfloat16)
+    w = -time_decay.exp()
     y, wanted = torch.empty(2, 2, 9, 5)
     wkv_cuda.forward(2, 9, 5, w, u, k, v, y)
     wkv_cuda.forward(2, 9, 5, w.float(), u.float(), k, v, wanted)
     assert torch.equal(y, wanted)
+    for gradient, wanted in zip(backward(w, u, k, v, gy), backward(w.float(), u.float(), k, v, gy), strict=True):
+        assert torch.equal(gradient, wanted)
 
 
 def train(function, steps=60):

@@ -24,9 +24,9 @@ def arguments(place=lambda *shape: torch.full(shape, 7.0)):
     return {"w": -decay.exp(), "u": u, "k": k, "v": v, "y": y, "gy": gy, "gw": gw, "gu": gu, "gk": gk, "gv": gv}
 
 
-def call(given, sizes=(2, 3, 4)):
-    wkv_cuda.forward(*sizes, *(given[name] for name in ("w", "u", "k", "v", "y")))
-    wkv_cuda.backward(*sizes, *given.values())
+def call(given):
+    wkv_cuda.forward(2, 3, 4, *(given[name] for name in ("w", "u", "k", "v", "y")))
+    wkv_cuda.backward(2, 3, 4, *given.values())
 
 
 def test_views_are_written_in_place_and_nothing_beside_them():
@@ -93,6 +93,8 @@ def test_bad_sizes_raise():
         wkv_cuda.backward(3, 2, 4, *given.values())
     with pytest.raises(ValueError, match="k is empty: T must be at least 1"):
         wkv_cuda.forward(2, 0, 4, w, u, *(t[:, :0] for t in (k, v, y)))
+    with pytest.raises(ValueError, match="k is empty: T must be at least 1"):
+        wkv_cuda.backward(2, 0, 4, *(t[:, :0] if t.dim() == 3 else t for t in given.values()))
     with pytest.raises(TypeError, match="w must be a tensor, got float"):
         RUN_CUDA(2, 3, 4, -1.0, u, k, v)
     with pytest.raises(TypeError, match=r"after v come \[y,\] gy, gw, gu, gk, gv: 5 or 6 tensors, got 4"):
