@@ -58,7 +58,7 @@ def _transformer(layers: int, width: int, length: int) -> nn.Module:
         vocab_size=VOCAB,
         hidden_size=D,
         num_hidden_layers=L,
-        num_attention_heads=max(D // HEAD, 1),
+        num_attention_heads=D // HEAD,
         intermediate_size=hidden,
         max_position_embeddings=length,
         initializer_range=math.sqrt(2 / (5 * D)),  # as in GPT-NeoX's own code
