@@ -120,16 +120,17 @@ def _config(path: Path, format: str, found: Mapping[str, Tensor], written: Mappi
     blocks = {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)}
     sizes = {"layers": max(len(blocks), 1), "width": D, "vocab_size": V}
     names = dict(zip(sizes, sizes, strict=True))
-    eps_name = "layer_norm_eps"
+    eps_name, default_rescale = "layer_norm_eps", 0
     if format == "hf":
         names = {"layers": "num_hidden_layers", "width": "hidden_size", "vocab_size": "vocab_size"}
-        eps_name = "layer_norm_epsilon"
+        eps_name, default_rescale = "layer_norm_epsilon", 6
         _refuse_hf_options(path, D, written)
     for size, name in names.items():
         if written.get(name, sizes[size]) != sizes[size]:
             raise CheckpointError(f"{path}: config.json says {name} = {written[name]}, the weights say {sizes[size]}")
     try:
-        return RWKV4Config(**sizes, layer_norm_eps=written.get(eps_name, _DEFAULT_EPS))
+        rescale_every = max(written.get("rescale_every", default_rescale), 0)
+        return RWKV4Config(**sizes, layer_norm_eps=written.get(eps_name, _DEFAULT_EPS), rescale_every=rescale_every)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -152,7 +153,7 @@ def _hf_config(config: RWKV4Config) -> dict[str, Any]:
         "intermediate_size": 4 * config.width,
         "layer_norm_epsilon": config.layer_norm_eps,
         "context_length": 1024,
-        "rescale_every": 6,
+        "rescale_every": config.rescale_every,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "tie_word_embeddings": False,

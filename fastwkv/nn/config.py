@@ -21,10 +21,13 @@ class RWKV4Config:
         width: size of the residual stream, D. The channel mix has 4 D hidden units.
         vocab_size: number of tokens, V; 50277 is that of the Pile models.
         layer_norm_eps: added to the variance in the LayerNorms of the blocks; in the last one, ``ln_out``, it is 1e-5.
+        rescale_every: in inference (``model.eval()``) the residual stream is halved after every so many blocks, so that
+            it stays within float16; 0: never. All that it changes is the weight of ``layer_norm_eps``. Hugging Face's
+            checkpoints have 6.
 
     Raises:
-        TypeError: a size is no integer.
-        ValueError: a size is below 1, or ``layer_norm_eps`` is not positive.
+        TypeError: a size is no integer, or ``layer_norm_eps`` no number.
+        ValueError: a size is below 1, ``rescale_every`` below 0, or ``layer_norm_eps`` is not positive.
 
     """
 
@@ -32,14 +35,17 @@ class RWKV4Config:
     width: int
     vocab_size: int = 50277
     layer_norm_eps: float = 1e-5
+    rescale_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "vocab_size"):
+        for name, least in (("layers", 1), ("width", 1), ("vocab_size", 1), ("rescale_every", 0)):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}")
+        if not isinstance(self.layer_norm_eps, (int, float)):
+            raise TypeError(f"layer_norm_eps must be a number, got {type(self.layer_norm_eps).__name__}")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
 

@@ -70,6 +70,8 @@ class RWKV4(nn.Module):
     ) -> "RWKV4":
         """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
 
+        The model is in inference mode, ``model.eval()``, as those of transformers are.
+
         Nothing in a file is run (safetensors, or ``torch.load(weights_only=True)``), and everything is checked before
         anything is loaded. Files are mapped, and the model is built without memory: it is there once.
 
@@ -92,7 +94,7 @@ class RWKV4(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.config)
         checkpoint.load_into(model, dtype, device)
-        return model
+        return model.eval()
 
     def save_pretrained(self, path: str | Path, format: str = "fastwkv") -> None:
         """Write the parameters, bit for bit, in one of three formats; :meth:`from_pretrained` reads each.

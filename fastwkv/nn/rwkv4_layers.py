@@ -157,7 +157,8 @@ class RWKV4ChannelMix(nn.Module):
 class RWKV4Block(nn.Module):
     """One layer of the model: ``x += TimeMix(LN(x)); x += ChannelMix(LN(x))``.
 
-    The block of layer 0 starts with one more LayerNorm, ``pre_ln``, which belongs to the embedding.
+    The block of layer 0 starts with one more LayerNorm, ``pre_ln``, which belongs to the embedding. In inference x is
+    what it was divided by a power of two, where ``config.rescale_every`` asks for it.
     """
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
@@ -168,6 +169,9 @@ class RWKV4Block(nn.Module):
         self.ln2 = nn.LayerNorm(D, eps)
         self.attention = RWKV4TimeMix(config, layer)
         self.feed_forward = RWKV4ChannelMix(config, layer)
+        halvings = layer // config.rescale_every if config.rescale_every else 0
+        self._scale = 0.5**halvings
+        self._halves = config.rescale_every > 0 and (layer + 1) % config.rescale_every == 0
 
     def reset_parameters(self) -> None:
         """Set every parameter to its value at the start of training."""
@@ -187,10 +191,14 @@ class RWKV4Block(nn.Module):
         att_state, ffn_x = (None, None) if state is None else ((state.att_x, state.wkv), state.ffn_x)
         if self.pre_ln is not None:
             x = self.pre_ln(x)
+        scale = 1.0 if self.training else self._scale
         y, (att_x, wkv_state) = self.attention(self.ln1(x), att_state, cu_seqlens)
-        x = x + y
+        x = torch.add(x, y, alpha=scale)
         y, ffn_x = self.feed_forward(self.ln2(x), ffn_x, cu_seqlens)
-        return x + y, RWKV4State(att_x, ffn_x, wkv_state)
+        x = torch.add(x, y, alpha=scale)
+        if self._halves and not self.training:
+            x = x / 2
+        return x, RWKV4State(att_x, ffn_x, wkv_state)
 
 
 class _Depth:

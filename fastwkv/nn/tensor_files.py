@@ -50,7 +50,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # older files are no archives, and cannot be mapped
         found = torch.load(path, mmap=mapped, **options)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         what = f"{path}: not a whole file of tensors that torch.load(weights_only=True) accepts"

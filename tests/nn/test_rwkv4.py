@@ -402,5 +402,9 @@ def test_bad_config_raises() -> None:
         RWKV4Config(1, 8.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layer_norm_eps must be positive, got 0"):
         RWKV4Config(1, 8, layer_norm_eps=0)
+    with pytest.raises(TypeError, match="layer_norm_eps must be a number, got str"):
+        RWKV4Config(1, 8, layer_norm_eps="1e-5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rescale_every must be at least 0, got -1"):
+        RWKV4Config(1, 8, rescale_every=-1)
     with pytest.raises(ValueError, match="layer must be at least 0 and below 3, got 3"):
         RWKV4Block(CONFIG, 3)

@@ -1,4 +1,6 @@
-"""Options of training RWKV-4: packed texts, gradient checkpointing, truncated back-propagation, autocast."""
+"""Options of RWKV-4: packed texts, gradient checkpointing, truncated back-propagation, autocast, rescaling."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,3 +190,29 @@ def test_state_of_another_number_of_texts_raises() -> None:
     model = trained()
     with pytest.raises(ValueError, match=r"state.att_x must be \[L, B, D\] = \[3, 2, 20\]"):
         model(text(1, 6), model.empty_state(1), cu_seqlens=torch.tensor([0, 2, 6]))
+
+
+@torch.no_grad()
+def test_rescaling_changes_only_the_weight_of_epsilon_and_that_in_inference() -> None:
+    tokens, eps = text(2, 30), 1e-5
+    plain = trained(replace(CONFIG, layers=5, layer_norm_eps=eps)).double()
+    halving = trained(replace(CONFIG, layers=5, layer_norm_eps=eps, rescale_every=2)).double()
+    assert torch.equal(halving(tokens)[0], plain(tokens)[0])
+    halving.eval()
+    assert distance(halving(tokens)[0], plain(tokens)[0]) > 1e-7
+    for layer, block in enumerate(plain.blocks):
+        block.ln1.eps = block.ln2.eps = eps * 4 ** (layer // 2)
+    plain.ln_out.eps = eps * 4**2
+    assert distance(halving(tokens)[0], plain(tokens)[0]) < 1e-14
+
+
+@torch.no_grad()
+def test_rescaling_keeps_a_large_residual_stream_within_float16() -> None:
+    config = replace(CONFIG, layers=8, rescale_every=2)
+    model = trained(config)
+    for block in model.blocks:
+        block.feed_forward.value.weight.mul_(6000)
+    expected, _ = model(text(2, 30))
+    model = model.half()
+    assert not model(text(2, 30))[0].isfinite().all()
+    assert distance(model.eval()(text(2, 30))[0], expected) < 1e-2
