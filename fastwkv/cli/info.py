@@ -40,7 +40,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what ``--json`` prints."""
     config, tensors = checkpoint.config, checkpoint.tensors.values()
     dtype = checkpoint.tensors["embeddings.weight"].dtype
-    x = torch.empty(config.layers, 1, config.width, dtype=dtype, device="meta")
+    x = torch.empty(config.layers, 1, config.width, dtype=dtype)
     return {
         "version": "RWKV-4",
         "format": checkpoint.format,

@@ -48,8 +48,15 @@ def _run(arguments: list[str] | None) -> int:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        parser.error(f"not enough memory: {(str(error) or 'the process got no more').splitlines()[0]}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        parser.error(f"not enough memory: {(str(error).splitlines() or ['the process got no more'])[0]}")
+
+
+def _is_lack_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Tell whether memory ran out; PyTorch says it of the CPU, and of files it maps, in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Parser]:

@@ -1,13 +1,17 @@
 """Where a text stands: what the model remembers of it, in memory and in a file."""
 
+import errno
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fastwkv.cli.arguments import UsageError
 from fastwkv.nn import RWKV4, CheckpointError, RWKV4Config, RWKV4State
 from fastwkv.nn.state import check_state
 from fastwkv.nn.tensor_files import read_tensors, write_tensors
@@ -33,8 +37,16 @@ class Position(NamedTuple):
         return Position(self.state.to(device), self.last_token)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: the tensors of the state, and int64 ``[1]`` "last_token"."""
-        write_tensors(path, {**self.state.tensors(), _LAST_TOKEN: torch.tensor([self.last_token])})
+        """Write a safetensors file: the tensors of the state, and int64 ``[1]`` "last_token".
+
+        Raises:
+            OSError: it cannot be written.
+
+        """
+        try:
+            write_tensors(path, {**self.state.tensors(), _LAST_TOKEN: torch.tensor([self.last_token])})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"{path}: {error}") from None
 
     @staticmethod
     def load(path: Path, config: RWKV4Config, dtype: torch.dtype) -> "Position":
@@ -71,14 +83,17 @@ def advance(model: RWKV4, position: Position, tokens: Sequence[int]) -> Position
 
 
 def check_writable(path: Path) -> None:
-    """Find out whether a file of this name could be written, as :meth:`Position.save` does it.
+    """Find out whether :meth:`Position.save` could write a file of this name.
 
     Raises:
-        OSError: it could not.
+        UsageError: it could not.
 
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, and no file can take its place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent):
-        pass
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None

@@ -34,7 +34,7 @@ class Session:
         self._tokens = tokens
         self._read = read
         self._generated = 0
-        self._started = self._predicted = self._ended = time.perf_counter()
+        self._started = self._read_until = self._written_until = time.perf_counter()
 
     def run(self, count: int, stop_token: int | None, save_state: Path | None, draw: dict[str, Any]) -> int:
         """Read the prompt and print ``count`` new tokens; return the exit status.
@@ -67,9 +67,9 @@ class Session:
             piece = self._tokens[start : start + _PIECE]
             self._position = advance(self._model, self._position, piece)
             self._read += len(piece)
+            self._read_until = time.perf_counter()
             progress(f"read {self._read:,} of {total:,} tokens")
         progress("")
-        self._predicted = time.perf_counter()
 
     def _write_text(self, count: int, stop_token: int | None, draw: dict[str, Any]) -> None:
         for token in self._context:
@@ -77,27 +77,28 @@ class Session:
         generation = generate(self._model, self._position.unread(), count, state=self._position.state, **draw)
         for tensor in generation:
             token = int(tensor)
-            self._ended = time.perf_counter()
+            self._written_until = time.perf_counter()
             if not self._generated:
-                self._predicted = self._ended
+                self._read_until = self._written_until
             self._generated += 1
-            if token != stop_token:
+            stopped = token == stop_token
+            if not stopped:
                 write(self._text.decode(token))
             assert generation.state is not None
             self._position = Position(generation.state, token)
-            if token == stop_token:
+            if stopped:
                 break
         if self._generated:
             write(self._text.finish())
 
     def _report(self) -> None:
         """Print how fast it was. The first prediction counts as reading: its logits are those of the prompt."""
-        read = _speed(self._read, self._read, self._predicted - self._started)
-        generated = _speed(self._generated, self._generated - 1, self._ended - self._predicted)
+        read = _speed(self._read, self._read, self._read_until - self._started)
+        generated = _speed(self._generated, self._generated - 1, self._written_until - self._read_until)
         new_line = "\n" if sys.stderr.isatty() else ""  # after a text that may end anywhere
         print(f"{new_line}fastwkv: read {read}, generated {generated}", file=sys.stderr)
 
 
 def _speed(tokens: int, timed: int, seconds: float) -> str:
     count = f"{tokens:,} token{'s' * (tokens != 1)}"
-    return f"{count} ({timed / seconds:,.1f} tokens/s)" if timed > 0 else count
+    return f"{count} ({timed / seconds:,.1f} tokens/s)" if timed > 0 and seconds > 0 else count
