@@ -208,7 +208,7 @@ def test_rescaling_changes_only_the_weight_of_epsilon_and_that_in_inference() ->
 
 @torch.no_grad()
 def test_rescaling_keeps_a_large_residual_stream_within_float16() -> None:
-    config = replace(CONFIG, layers=8, rescale_every=2)
+    config = replace(CONFIG, layers=40, rescale_every=10)
     model = trained(config)
     for block in model.blocks:
         block.feed_forward.value.weight.mul_(6000)
