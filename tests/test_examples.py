@@ -13,22 +13,40 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^step +\d+: loss (\S+)$", printed, re.MULTILINE)]
+
+
 def check_blinkdl(printed: str) -> None:
-    found = re.findall(r"loss (\S+) -> (\S+)", printed)
-    assert len(found) == 2
-    assert all(0 < float(last) < float(first) / 2 for first, last in found)
-    assert float(printed.split()[-1]) < 1e-5
+    first, second, third = losses(printed)
+    assert 0 < third < second / 2 < first / 8
+
+
+def check_blinkdl_extension(printed: str) -> None:
+    first, second, third = losses(printed)
+    assert 0 < third < second / 2 < first / 4
+
+
+def check_checkpoints(printed: str) -> None:
+    *formats, last = printed.splitlines()
+    assert formats == [f"{format}: 140928 parameters" for format in ("fastwkv", "hf", "blinkdl")]
+    assert last.endswith(": True")
 
 
 def check_huggingface(printed: str) -> None:
-    losses = [float(loss) for loss in re.findall(r"^step +\d+: loss (\S+)$", printed, re.MULTILINE)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.1 < 2 < losses[0]
-    texts = [[int(token) for token in line.split()] for line in printed.splitlines()[len(losses) :]]
+    found = losses(printed)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 0.1 < 2 < found[0]
+    texts = [[int(token) for token in line.split()] for line in printed.splitlines()[len(found) :]]
     assert texts == [[(first + n) % 10 for n in range(16)] for first in range(3)]  # it has learned to count
 
 
-CHECKS: dict[str, Callable[[str], None]] = {"blinkdl": check_blinkdl, "huggingface": check_huggingface}
+CHECKS: dict[str, Callable[[str], None]] = {
+    "blinkdl": check_blinkdl,
+    "blinkdl_extension": check_blinkdl_extension,
+    "checkpoints": check_checkpoints,
+    "huggingface": check_huggingface,
+}
 NEEDS = {"huggingface": "transformers"}
 
 

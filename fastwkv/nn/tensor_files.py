@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,9 +28,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is damaged or holds something else.
 
     """
-    with path.open("rb"):  # a missing file is an OSError, whoever would have read it
-        pass
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    is_safetensors = path.suffix == ".safetensors" or head[8:] == b"{"  # after the length of a header of JSON
+    tensors = _read_safetensors(path) if is_safetensors else _read_torch(path, mapped=head.startswith(b"PK"))
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: expected tensors by name, but {name!r} is a {type(tensor).__name__}")
@@ -44,17 +46,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:  # older files are no archives, and cannot be mapped
     try:
-        with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"  # older files are no archives, and cannot be mapped
-        found = torch.load(path, mmap=mapped, **options)
+        found = torch.load(path, "cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything
-        what = f"{path}: not a whole file of tensors that torch.load(weights_only=True) accepts"
-        raise CheckpointError(f"{what} ({_first_line(error)})") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path}: damaged, or not a file of tensors alone, and nothing else is loaded") from None
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{path}: not a whole file of torch.save ({_first_line(error)})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected tensors by name, got a {type(found).__name__}")
     return found

@@ -224,8 +224,8 @@ def test_peak_of_loading_is_one_copy(tmp_path: Path, format: str) -> None:
 
 def test_state_goes_through_a_file_bit_for_bit(tmp_path: Path) -> None:
     _, state = trained()(text(2, 7))
-    state.save(tmp_path / "state.safetensors")
-    loaded = RWKV4State.load(tmp_path / "state.safetensors")
+    state.save(tmp_path / "state")  # of any name
+    loaded = RWKV4State.load(tmp_path / "state")
     assert_same_bits(loaded.tensors(), state.tensors())
 
 
