@@ -12,7 +12,7 @@ from fastwkv.cli.arguments import UsageError
 from fastwkv.cli.position import Position, check_writable
 from fastwkv.cli.session import Session
 from fastwkv.cli.text import Text, open_text
-from fastwkv.nn import RWKV4
+from fastwkv.nn import RWKV4, RWKV4Config
 from fastwkv.nn.checkpoint import open_checkpoint
 
 _FIRST_TOKEN = 0  # end of text in the tokenizer of the Pile: what a text begins after
@@ -73,8 +73,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate; return the exit status."""
     # Whatever can be wrong is found out from the headers, before a large model is loaded.
-    checkpoint = open_checkpoint(args.model)
-    config, dtype = checkpoint.config, args.dtype or checkpoint.tensors["embeddings.weight"].dtype
+    config, dtype = _sizes(args)
     loaded = Position.load(args.load_state, config, dtype) if args.load_state else None
     text = open_text(args.tokenizer, args.model, config.vocab_size)
     tokens = _tokens(args, text, config.vocab_size)
@@ -91,6 +90,12 @@ def run(args: argparse.Namespace) -> int:
         session = Session(model, text, Position(model.empty_state(1), first), rest, read=1)
     draw = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return session.run(args.tokens, args.stop_token, args.save_state, draw)
+
+
+def _sizes(args: argparse.Namespace) -> tuple[RWKV4Config, torch.dtype]:
+    """Return the sizes of the model and the dtype to compute in: one, also where the checkpoint mixes several."""
+    checkpoint = open_checkpoint(args.model)
+    return checkpoint.config, args.dtype or checkpoint.tensors["embeddings.weight"].dtype
 
 
 def _tokens(args: argparse.Namespace, text: Text, vocab_size: int) -> list[int]:

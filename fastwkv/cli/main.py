@@ -49,14 +49,17 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
-            raise
-        parser.error(f"not enough memory: {(str(error).splitlines() or ['the process got no more'])[0]}")
+        parser.error(_what_the_user_can_change(error))
 
 
-def _is_lack_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Tell whether memory ran out; PyTorch says it of the CPU, and of files it maps, in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+def _what_the_user_can_change(error: MemoryError | RuntimeError) -> str:
+    """Return what to say of this error, which PyTorch may tell from others in words only; raise it if it is a bug."""
+    first_line = (str(error).splitlines() or ["the process got no more"])[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in first_line:
+        return f"not enough memory: {first_line}"
+    if "probability tensor" in first_line:
+        return "the model's predictions are not finite: another --dtype or a larger --temperature may help"
+    raise error
 
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Parser]:

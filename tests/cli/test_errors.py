@@ -52,7 +52,7 @@ USAGE = {
 FILES = {
     "nothing: no such file or folder": ("generate", "--model", "nothing", *PROMPT),
     "holds no weights": ("generate", "--model", "empty", *PROMPT),
-    "damaged.pth: not a whole file": ("generate", "--model", "damaged.pth", *PROMPT),
+    "generate: damaged.pth: ": ("generate", "--model", "damaged.pth", *PROMPT),
     "expected RWKV-4, but blocks.0.att.r_k belongs to RWKV-7": ("generate", "--model", "v7.pth", *PROMPT),
     "v7.pth: expected RWKV-4": ("info", "v7.pth"),
     "info: empty: holds no weights": ("info", "empty"),
@@ -61,7 +61,7 @@ FILES = {
     "nothing.json: No such file or directory": (*GENERATE, "--tokenizer", "nothing.json"),
     "model/config.json: not a file of the tokenizers library": (*GENERATE, "--tokenizer", "model/config.json"),
     "nothing.safetensors: No such file or directory": (*GENERATE, "--load-state", "nothing.safetensors"),
-    "damaged.safetensors: not a whole safetensors file": (*GENERATE, "--load-state", "damaged.safetensors"),
+    "generate: damaged.safetensors: ": (*GENERATE, "--load-state", "damaged.safetensors"),
     "model.safetensors: not a file of --save-state: it has no": (
         *GENERATE,
         "--load-state",
@@ -131,6 +131,16 @@ def test_lack_of_memory_is_said_in_one_line(message, place, run, monkeypatch) ->
     monkeypatch.chdir(place)
     monkeypatch.setattr(RWKV4, "from_pretrained", fail)
     assert run(*GENERATE) == (2, "", f"fastwkv generate: {message}\n")
+
+
+def test_predictions_that_are_not_finite_are_said_in_one_line(model, tmp_path, run) -> None:
+    model.save_pretrained(tmp_path / "x")
+    broken = RWKV4.from_pretrained(tmp_path / "x")
+    torch.nn.init.constant_(broken.ln_out.weight, torch.nan)
+    broken.save_pretrained(tmp_path / "x")
+    done = run("generate", "--model", tmp_path / "x", *PROMPT, "--temperature", 1)
+    message = "the model's predictions are not finite: another --dtype or a larger --temperature may help"
+    assert done == (2, "", f"fastwkv generate: {message}\n")
 
 
 def test_mistakes_of_the_program_are_not_hidden(place, run, monkeypatch) -> None:
