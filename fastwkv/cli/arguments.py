@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -77,13 +76,6 @@ def device(text: str) -> torch.device:
 def default_device() -> torch.device:
     """Return the first GPU where there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def state_file(text: str) -> Path:
-    """Read the name of a file of states."""
-    if Path(text).suffix != ".safetensors":
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .safetensors, got {text!r}")
-    return Path(text)
 
 
 def _number(text: str) -> float:

@@ -64,10 +64,10 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="where it is, in UTF-8; - is standard input")
     tokenizer = "a tokenizer.json (default: the one beside the model, else bytes)"
     option("--tokenizer", type=Path, metavar="FILE", help=tokenizer)
-    save = "where to write the state after prompt and new text (.safetensors)"
-    option("--save-state", type=arguments.state_file, metavar="FILE", help=save)
+    save = "where to write the state after prompt and new text (safetensors)"
+    option("--save-state", type=Path, metavar="FILE", help=save)
     load = "what to continue; a prompt is read after it"
-    option("--load-state", type=arguments.state_file, metavar="FILE", help=load)
+    option("--load-state", type=Path, metavar="FILE", help=load)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,8 +45,6 @@ USAGE = {
     "argument --device: there is no cuda:99 here": (*GENERATE, "--device", "cuda:99"),
     "argument --threads: expected 1 to": (*GENERATE, "--threads", "0"),
     "the cores of this machine, got '99999'": (*GENERATE, "--threads", "99999"),
-    "argument --save-state: expected a name that ends in .safetensors": (*GENERATE, "--save-state", "x"),
-    "argument --load-state: expected a name that ends in .safetensors": (*GENERATE, "--load-state", "x.pth"),
     "--stop-token 256 is outside the model's vocabulary of 256 tokens": (*GENERATE, "--stop-token", "256"),
 }
 FILES = {
