@@ -26,7 +26,7 @@ try:
     import result_file
     import torch
     from about import about_device, about_software
-    from command_line import Parser, check_writable, device, positive
+    from command_line import Parser, check_writable, device, names, positive
     from ops_timing import OtherWork, Task
     from torch import Tensor
     from tqdm import tqdm
@@ -108,9 +108,9 @@ class Run:
 
     def run(self) -> None:
         """Time every pass."""
-        total = len(PASSES) * len(PROVIDERS) * (1 + self.args.rounds)
+        total = len(self.args.passes) * len(PROVIDERS) * (1 + self.args.rounds)
         with tqdm(total=total, disable=None) as bar:
-            for name in PASSES:
+            for name in self.args.passes:
                 bar.set_description(name)
                 self.rows += self._pass(name, bar)
                 self.save()
@@ -189,6 +189,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="hf_speed.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
     option = parser.add_argument
     option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    known = ",".join(PASSES)
+    option("--passes", type=names("pass", PASSES), default=list(PASSES), metavar="LIST", help=f"(default: {known})")
     option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
     option("--quick", action="store_true", help="a small model and a short text: seconds, and no measure of anything")
     option("--seed", type=int, default=0, metavar="N", help="of weights and text (default: 0)")

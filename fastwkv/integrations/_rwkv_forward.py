@@ -44,23 +44,22 @@ def linear_attention(
         return_state: return the state after the last token even where none came in.
 
     Returns:
-        The output ``[B, T, C]`` in the dtype of ``key``, and the new state or None. States are float32, float64 if an
-        input is.
+        The output ``[B, T, C]`` in the dtype of ``key``, and the new state or None. States are float32, float64 beside
+        float64 keys.
 
     """
-    inputs = torch.promote_types(key.dtype, value.dtype)
-    dtype = functools.reduce(torch.promote_types, (inputs, time_decay.dtype, time_first.dtype, torch.float32))
+    dtype = torch.promote_types(key.dtype, torch.float32)
     w, u = time_decay.to(dtype).exp(), time_first.to(dtype)
-    k, v = key.to(inputs), value.to(inputs)
+    value = value.to(key.dtype)
     before = None if state is None else WKVState(*(field.to(dtype) for field in state))
     if before is None and not return_state:
-        return wkv(w, u, k, v).to(key.dtype), None
-    if before is not None and k.shape[1] == 1:
-        y_t, after = wkv_step(w, u, k[:, 0], v[:, 0], before)
+        return wkv(w, u, key, value), None
+    if before is not None and key.shape[1] == 1:
+        y_t, after = wkv_step(w, u, key[:, 0], value[:, 0], before)
         y = y_t[:, None]
     else:
-        y, after = wkv(w, u, k, v, before, return_state=True)
-    return y.to(key.dtype), list(after)
+        y, after = wkv(w, u, key, value, before, return_state=True)
+    return y, list(after)
 
 
 def attention_forward(

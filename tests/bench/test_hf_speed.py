@@ -55,9 +55,9 @@ def test_ratio_is_the_median_over_rounds_in_which_models_take_turns(
     turns = iter(
         [0.0] * 3 + [seconds for turn in zip(*took.values(), strict=True) for seconds in turn]  # the first are no turns
     )
-    monkeypatch.setattr(hf_speed, "PASSES", {"prefill": hf_speed.PASSES["prefill"]})
     monkeypatch.setattr(hf_speed.Task, "run", lambda task: ([torch.ones(1)], next(turns)))
-    assert hf_speed.main(["--quick", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    arguments = ["--quick", "--passes", "prefill", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)]
+    assert hf_speed.main(arguments) == 0
     rows = result(tmp_path)["rows"]
     assert [row["times_faster"] for row in rows] == [1, 3, 40]
     assert [row["ms"] for row in rows] == [40e3, 10e3, 1e3]
@@ -94,6 +94,7 @@ def test_interrupt_keeps_what_was_measured(
 
 
 BAD = {
+    "argument --passes: unknown pass 'decode' (choose from train, prefill)": ["--passes", "decode"],
     "argument --rounds: expected a whole number of at least 1, got '0'": ["--rounds", "0"],
     "unknown device 'abacus'": ["--device", "abacus"],
     "was measured on 'another machine'; choose another folder": ["--out", "other"],
