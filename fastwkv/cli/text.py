@@ -72,7 +72,7 @@ class TokenizerText:
         """See :class:`Text`."""
         try:
             text = self._stream.step(self._tokenizer, token)
-        except Exception:  # where bytes that are no UTF-8 turn text that is out already into U+FFFD: Exception itself
+        except Exception:  # nothing narrower; bytes that are no UTF-8 turned text that is out into U+FFFD
             self._stream = self._new_stream()
             text = _REPLACEMENT
         self._held = [*self._held, token] if text is None else []

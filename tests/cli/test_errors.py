@@ -114,6 +114,17 @@ def test_mistake_is_found_before_the_model_is_loaded(message, place, run, monkey
     assert run(*(USAGE | FILES)[message]).status == 2
 
 
+def test_folder_without_permission_is_found_before_the_model_is_loaded(place, run, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(RWKV4, "from_pretrained", None)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)  # a superuser may write anywhere
+    done = run(*GENERATE, "--save-state", "state")
+    assert done == (2, "", "fastwkv generate: state cannot be written: Permission denied\n")
+
+
 MEMORY: dict[str, Callable[[], Exception]] = {
     "not enough memory: the process got no more": MemoryError,
     "not enough memory: CUDA out of memory.": lambda: torch.OutOfMemoryError("CUDA out of memory.\nof which"),

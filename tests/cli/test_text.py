@@ -15,7 +15,6 @@ from fastwkv.nn import RWKV4, RWKV4Config
 
 tokenizers = pytest.importorskip("tokenizers")
 SAMPLE = "größer, 日本語, 🙂 and ſ"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level() -> "tokenizers.Tokenizer":
@@ -39,10 +38,10 @@ def word_level() -> "tokenizers.Tokenizer":
 
 def byte_fallback() -> "tokenizers.Tokenizer":
     """Bytes that are text or not by what follows them: what is out already may turn out to be wrong."""
-    vocabulary = {token: n for n, token in enumerate(BYTES)}
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
-    decoders = tokenizers.decoders
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    of = tokenizers.decoders
+    tokenizer.decoder = of.Sequence([of.Replace("▁", " "), of.ByteFallback(), of.Fuse(), of.Strip(" ", 1, 0)])
     return tokenizer
 
 
@@ -77,10 +76,10 @@ def test_character_of_several_tokens_comes_with_its_last() -> None:
     assert pieces == ["a", "", "", "", "🙂", "", "é"]
 
 
-@given(st.lists(st.integers(0, 255), max_size=30))
-def test_what_the_library_cannot_stream_is_replaced(tokens: list[int]) -> None:
-    whole, text = byte_fallback().decode(tokens), decoded(TokenizerText(byte_fallback()), tokens)
-    assert text == whole or "\ufffd" in text
+def test_what_the_library_cannot_stream_is_replaced() -> None:
+    text = TokenizerText(byte_fallback())
+    # The byte after "A" begins a character that does not come, by which the library then takes both for invalid.
+    assert [text.decode(token) for token in (65, 195, 256, 66)] == ["A", "", "\ufffd", "B"]
 
 
 def test_text_survives_the_round_trip_without_special_tokens() -> None:
