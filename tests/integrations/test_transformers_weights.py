@@ -54,12 +54,12 @@ def test_quantised_weights_are_left_alone(name: str) -> None:
         assert model.rwkv.layers_are_rescaled
 
 
-def test_no_rescaling_leaves_nothing_to_take_back() -> None:
-    model, tokens = build(3), text(1, 4)
-    model.config.rescale_every = 0
+@pytest.mark.parametrize(("every", "training"), [(0, False), (2, True)])
+def test_weights_that_were_not_divided_are_left_alone(every: int, training: bool) -> None:
+    model = build(5, rescale_every=every).train(training)
     true = copy.deepcopy(model.state_dict())
     with patch(), torch.no_grad():
-        model(tokens)
+        model(text(1, 4))
         assert all(torch.equal(weight, true[name]) for name, weight in model.state_dict().items())
 
 

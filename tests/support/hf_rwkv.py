@@ -15,7 +15,7 @@ def build(layers: int = 3, hidden: int = 16, seed: int = 2, **changes: Any) -> R
     """A model in eval mode whose every parameter matters, rescaled every second layer."""
     sizes = {"vocab_size": 31, "hidden_size": hidden, "num_hidden_layers": layers, "rescale_every": 2}
     with patch():
-        model = RwkvForCausalLM(RwkvConfig(**sizes, bos_token_id=None, eos_token_id=None, **changes))
+        model = RwkvForCausalLM(RwkvConfig(**sizes | changes, bos_token_id=None, eos_token_id=None))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
