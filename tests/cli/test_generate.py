@@ -236,6 +236,15 @@ def test_reader_that_is_gone_ends_it_quietly(folder, tmp_path, write, capfd) -> 
     assert write("--load-state", state, "--tokens", 4) == write("--prompt", PROMPT, "--tokens", 4)
 
 
+def test_help_that_nobody_reads_ends_quietly(capfd) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.MonkeyPatch.context() as patched, os.fdopen(writer, "w") as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        assert main(["--help"]) == 141
+    assert capfd.readouterr() == ("", "")
+
+
 def test_characters_that_standard_output_cannot_encode_are_replaced(folder, monkeypatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
