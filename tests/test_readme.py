@@ -6,11 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastwkv.integrations.transformers import unpatch
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 
 
-def test_examples_run():
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """What the examples write and exchange is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    unpatch()
+
+
+def test_examples_run(elsewhere):
+    pytest.importorskip("transformers")
     names = {}
     smaller = {
         "B, T, C = 8, 1024, 768": "B, T, C = 2, 700, 12",
@@ -26,6 +37,8 @@ def test_examples_run():
     assert names["y_t"].shape == (2, 256)
     assert names["h"].shape == (2, 700, 12)
     assert names["logits"].shape == (2, 5, 20)
+    assert names["model"].config.hidden_size == 64
+    assert names["texts"].shape == (3, 12)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|`((?:bench|tests|kernels)/[\w./]+)`", README))

@@ -110,7 +110,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """Draw a token ``[B]`` from logits ``[B, V]``, as :func:`generate` says."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, -1)
+    logits = logits.float()
+    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)  # however small it is
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered

@@ -92,8 +92,11 @@ def replace_file(path: Path, write: Callable[[str], Any]) -> None:
     """Let ``write`` make a file beside ``path`` and put it in its place; what was there stays until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        part = os.path.join(folder, path.name)
-        write(part)
+        part = Path(folder, path.name)
+        part.touch()
+        usual = part.stat().st_mode  # safetensors writes files that nobody else can read
+        write(str(part))
+        part.chmod(usual)
         os.replace(part, path)
 
 

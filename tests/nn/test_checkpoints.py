@@ -167,6 +167,14 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, format: str, monke
     assert files == (["model.pth"] if format == "blinkdl" else ["config.json", "model.safetensors"])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_saved_files_are_as_readable_as_any(tmp_path: Path, format: str) -> None:
+    (tmp_path / "any").touch()
+    trained().save_pretrained(place(tmp_path, format), format=format)
+    modes = {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(modes) == 1
+
+
 def test_saved_view_is_of_its_own_size(tmp_path: Path) -> None:
     model = trained()
     model.head.weight = torch.nn.Parameter(torch.randn(5000, CONFIG.width)[: CONFIG.vocab_size])

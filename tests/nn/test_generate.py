@@ -65,7 +65,9 @@ def test_sampling_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-4}, {"temperature": 1e-42}, {"temperature": 1.0, "top_p": 1e-6}]
+)
 def test_sampling_at_its_limits_is_greedy(options: dict[str, float]) -> None:
     model, tokens = trained(), text(3, 5)
     assert torch.equal(run(model, tokens, 15, seed=0, **options), run(model, tokens, 15))
