@@ -16,6 +16,7 @@ from fastwkv.ops.checks import FLOATING
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there; also as NAME.index.json
 _MODEL_TYPE = "fastwkv-rwkv4"
 _DEFAULT_EPS = 1e-5
+_WIDE = (".time_decay", ".time_first")  # rates and bonuses: at least float32, beside whatever else
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,26 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]  # in the mapped file, by the names of the model, in the shapes of the model
 
     def load_into(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
-        """Give a model of the meta device copies of these tensors: the only ones in memory, the files are mapped."""
+        """Give a model of the meta device copies of these tensors: the only ones in memory, the files are mapped.
+
+        Raises:
+            CheckpointError: the model cannot compute in the dtypes as they are stored.
+
+        """
+        if dtype is None:
+            self._check_dtypes()
         loaded = {}
         for name, tensor in self.tensors.items():
             kept = _dtype_in_model(name, tensor.dtype, dtype)
             loaded[name] = tensor.detach().to(device, kept, copy=True, memory_format=torch.contiguous_format)
         model.load_state_dict(loaded, assign=True)
+
+    def _check_dtypes(self) -> None:
+        first, *others = (name for name in self.tensors if not name.endswith(_WIDE))
+        for name in others:
+            if self.tensors[name].dtype != self.tensors[first].dtype:
+                found = f"{first} is {self.tensors[first].dtype}, {name} is {self.tensors[name].dtype}"
+                raise CheckpointError(f"{self.path}: of several dtypes, so give one: {found}")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -50,9 +65,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; checkpoints are read from a disk, not downloaded")
-    found, written = (
-        (_read_folder(path), read_json(path / "config.json")) if path.is_dir() else (read_tensors(path), {})
-    )
+    found = _read_folder(path) if path.is_dir() else read_tensors(path)
     checkpoint_names.refuse_other_models(str(path), found)
     format = checkpoint_names.format_of(found)
     if format is None:
@@ -62,7 +75,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: give the folder that holds it and its config.json")
     written = {} if format == "blinkdl" else read_json(path / "config.json")
     config = _config(path, format, found, written)
-    return Checkpoint(path, format, config, _checked(path, format, config, found))
+    tensors = _checked(path, format, config, found)
+    if format == "fastwkv" and written.get("model_type") != _MODEL_TYPE:
+        raise CheckpointError(f"{path}: config.json says model_type = {written.get('model_type')}, not {_MODEL_TYPE}")
+    return Checkpoint(path, format, config, tensors)
 
 
 def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -> None:
@@ -70,9 +86,12 @@ def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -
     path = Path(path)
     if format not in checkpoint_names.FORMATS:
         raise ValueError(f"format must be one of {', '.join(checkpoint_names.FORMATS)}, got {format!r}")
+    parameters = model.state_dict()
+    if other := sorted(parameters.keys() ^ checkpoint_names.shapes(config).keys()):
+        raise ValueError(f"expected the parameters of an RWKV4 as it was built, but these differ: {_some(other)}")
     tensors = {
         checkpoint_names.name_in(format, name): tensor.reshape(checkpoint_names.shape_in(format, name, tensor.shape))
-        for name, tensor in model.state_dict().items()
+        for name, tensor in parameters.items()
     }
     if format == "blinkdl":
         if config.layer_norm_eps != _DEFAULT_EPS:
@@ -103,10 +122,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(map(str, places.values()))):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: {shard!r} is not the name of a file beside it")
-        found |= read_tensors(index.parent / shard)
-    missing = sorted(places.keys() - found.keys())
-    if missing:
-        raise CheckpointError(f"{index}: {_some(missing)} not in the file it names, {places[missing[0]]}")
+        tensors = read_tensors(index.parent / shard)
+        if wrong := sorted(tensors.keys() ^ {name for name, place in places.items() if place == shard}):
+            raise CheckpointError(f"{index}: {_some(wrong)} in the index or in {shard}, but not in both")
+        found |= tensors
     return found
 
 
@@ -127,12 +146,14 @@ def _config(path: Path, format: str, found: Mapping[str, Tensor], written: Mappi
         _refuse_hf_options(path, D, written)
     for size, name in names.items():
         if written.get(name, sizes[size]) != sizes[size]:
-            raise CheckpointError(f"{path}: config.json says {name} = {written[name]}, the weights say {sizes[size]}")
+            raise CheckpointError(f"{path}: config.json says {name} = {written[name]!r}, the weights say {sizes[size]}")
     try:
-        rescale_every = max(written.get("rescale_every", default_rescale), 0)
+        rescale_every = written.get("rescale_every", default_rescale)
+        if isinstance(rescale_every, int) and rescale_every < 0:  # never, as Hugging Face reads it
+            rescale_every = 0
         return RWKV4Config(**sizes, layer_norm_eps=written.get(eps_name, _DEFAULT_EPS), rescale_every=rescale_every)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: config.json: {error}") from None
 
 
 def _refuse_hf_options(path: Path, width: int, written: Mapping[str, Any]) -> None:
@@ -178,7 +199,7 @@ def _checked(path: Path, format: str, config: RWKV4Config, found: Mapping[str, T
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{name_in_file} {list(tensor.shape)} where {list(shape)} was expected")
         elif tensor.dtype not in FLOATING:
-            misshapen.append(f"{name_in_file} {tensor.dtype} where a floating-point dtype was expected")
+            misshapen.append(f"{name_in_file} {tensor.dtype} where float32, float64, bfloat16 or float16 was expected")
         else:
             tensors[name] = tensor.reshape(shapes[name])
     if misshapen:
@@ -190,10 +211,10 @@ def _checked(path: Path, format: str, config: RWKV4Config, found: Mapping[str, T
 
 
 def _dtype_in_model(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a parameter: rates and bonuses stay in at least 32 bits, where their digits matter."""
+    """Return the dtype of a parameter in a model of a dtype."""
     if wanted is None:
         return stored
-    return torch.promote_types(wanted, torch.float32) if name.endswith((".time_decay", ".time_first")) else wanted
+    return torch.promote_types(wanted, torch.float32) if name.endswith(_WIDE) else wanted
 
 
 def _compact(tensor: Tensor) -> Tensor:

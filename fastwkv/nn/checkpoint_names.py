@@ -34,9 +34,9 @@ _TO_BLINKDL = {
 
 # A part of a name that only another version has, the newest first: what has several of them is the newest.
 _OTHER_VERSIONS = {
-    "RWKV-7": {"r_k", "x_r", "w0", "a0"},
-    "RWKV-6": {"time_maa_x", "time_maa_w1", "time_decay_w1"},
-    "RWKV-5": {"time_faaaa", "ln_x", "gate"},
+    "RWKV-7": {"r_k"},
+    "RWKV-6": {"time_maa_x", "time_maa_w1", "x_bias"},
+    "RWKV-5": {"time_faaaa", "ln_x"},
 }
 
 # Options of the training code that change what the model computes.

@@ -27,7 +27,7 @@ class RWKV4Config:
 
     Raises:
         TypeError: a size is no integer, or ``layer_norm_eps`` no number.
-        ValueError: a size is below 1, ``rescale_every`` below 0, or ``layer_norm_eps`` is not positive.
+        ValueError: a size is below 1, ``rescale_every`` below 0, or ``layer_norm_eps`` not positive and finite.
 
     """
 
@@ -46,8 +46,8 @@ class RWKV4Config:
                 raise ValueError(f"{name} must be at least {least}, got {size}")
         if not isinstance(self.layer_norm_eps, (int, float)):
             raise TypeError(f"layer_norm_eps must be a number, got {type(self.layer_norm_eps).__name__}")
-        if not self.layer_norm_eps > 0:
-            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        if not 0 < self.layer_norm_eps < float("inf"):
+            raise ValueError(f"layer_norm_eps must be positive and finite, got {self.layer_norm_eps}")
 
     @classmethod
     def preset(cls, name: str, *, vocab_size: int = 50277) -> "RWKV4Config":

@@ -78,7 +78,8 @@ class RWKV4(nn.Module):
         Args:
             path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
                 in shards with an index.
-            dtype: of the parameters; as stored if None. time_decay and time_first stay float32 in a 16-bit model.
+            dtype: of the parameters; as stored if None. time_decay and time_first stay float32 in a 16-bit model; the
+                others must have one dtype, or be given one.
             device: where to.
 
         Raises:
@@ -89,7 +90,7 @@ class RWKV4(nn.Module):
 
         """
         if dtype is not None and dtype not in FLOATING:
-            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         checkpoint = open_checkpoint(path)
         with torch.device("meta"):
             model = cls(checkpoint.config)
@@ -104,11 +105,12 @@ class RWKV4(nn.Module):
         Args:
             path: a folder, made if it is not there; for "blinkdl" a file.
             format: "fastwkv" (safetensors and config.json), "hf" (the same, as ``RwkvForCausalLM`` of transformers
-                reads it) or "blinkdl" (a dictionary of ``torch.save``).
+                reads it) or "blinkdl" (a dictionary of ``torch.save``, without ``config.rescale_every``).
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: the format is another, or cannot say what the model is.
+            ValueError: the format is another, or cannot say what the model is, or the model has other parameters than
+                it was built with.
 
         """
         save(self, self.config, path, format)
@@ -153,7 +155,7 @@ class RWKV4(nn.Module):
         x = self.embeddings(tokens[:, 0] if one_token else tokens)
         states = []
         for block, block_state in zip(self.blocks, state.unbind(), strict=True):
-            x, block_state = self._run(block, x, block_state, None if one_token else cu_seqlens)
+            x, block_state = self._run(block, x, block_state, cu_seqlens)
             states.append(block_state)
         x = self.ln_out(x)
         return x[:, None] if one_token else x, RWKV4State.stack(states)

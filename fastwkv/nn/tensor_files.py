@@ -34,7 +34,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = _read_safetensors(path) if is_safetensors else _read_torch(path, mapped=head.startswith(b"PK"))
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: expected tensors by name, but {name!r} is a {type(tensor).__name__}")
+            raise CheckpointError(f"{path}: expected tensors by name, but {name!r} is of type {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{path}: expected dense tensors, but {name} is on {tensor.device}, {tensor.layout}")
     return tensors
 
 
@@ -51,9 +53,10 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:  # older files a
         found = torch.load(path, "cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: damaged, or not a file of tensors alone, and nothing else is loaded") from None
     except Exception as error:  # a damaged archive or pickle can raise anything
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # PyTorch advises to run it
+            message = f"{path}: damaged, or not a file of tensors alone, and nothing else is loaded"
+            raise CheckpointError(message) from None
         raise CheckpointError(f"{path}: not a whole file of torch.save ({_first_line(error)})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected tensors by name, got a {type(found).__name__}")
@@ -62,7 +65,13 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:  # older files a
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    contiguous = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        # The format knows no tensors that share memory, as those of tied embeddings do.
+        contiguous[name] = (tensor.clone() if memory in seen else tensor).detach().contiguous()
+        seen.add(memory)
     replace_file(path, lambda part: save_file(contiguous, part, {"format": "pt"}))
 
 
@@ -76,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file ({_first_line(error)})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(found).__name__}")

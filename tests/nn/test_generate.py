@@ -161,3 +161,23 @@ def test_bad_arguments_raise_at_the_call(message: str) -> None:
     arguments: dict[str, Any] = {"model": trained(), "tokens": text(1, 2), "max_new_tokens": 2, **BAD[message]}
     with pytest.raises((TypeError, ValueError), match=message):
         generate(**arguments)
+
+
+def test_state_of_a_generation_continues_it_and_is_fit_for_training() -> None:
+    model, tokens = trained(), text(2, 4)
+    generation = generate(model, tokens, 3)
+    assert generation.state is None
+    new = list(generation)
+    state = generation.state
+    assert state is not None
+    assert not any(tensor.is_inference() for tensor in state.tensors().values())
+    with torch.no_grad():
+        expected, _ = model(torch.cat((tokens, torch.stack(new, 1)), 1))
+    logits, _ = model(new[-1][:, None], state)
+    torch.testing.assert_close(logits[:, -1], expected[:, -1], rtol=0, atol=1e-5)
+    logits.sum().backward()
+
+
+def test_top_p_that_is_reached_exactly_needs_no_more_tokens() -> None:
+    drawn = sample(torch.zeros(1000, 2), 1.0, 0.5, torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 1

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rwkv4_models import CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastwkv.nn import RWKV4Config
+from fastwkv.nn import RWKV4, CheckpointError, RWKV4Config
 
 LN = ("weight", "bias")
 TIME_MIX = ("time_mix_k", "time_mix_v", "time_mix_r")
@@ -82,3 +83,21 @@ def write_hugging_face(folder: Path, kind: str = "safetensors", **changed: Any) 
     if sharded:
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def place(folder: Path, format: str) -> Path:
+    return folder / "model.pth" if format == "blinkdl" else folder / format
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        RWKV4.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
