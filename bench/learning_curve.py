@@ -58,7 +58,7 @@ SIZES = {
     "batch": "windows a step",
     "steps": "of a training",
 }
-FULL = {"layers": 4, "width": 128, "length": 256, "batch": 16, "steps": 900}
+FULL = {"layers": 4, "width": 128, "length": 256, "batch": 16, "steps": 800}
 QUICK = {"layers": 2, "width": 64, "length": 128, "batch": 16, "steps": 200}
 
 

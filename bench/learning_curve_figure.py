@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 # The palette of Okabe and Ito, as in gen_time_figure.py.
 COLOURS = {"rwkv4": "#D55E00", "transformer": "#0072B2"}
 WIDTHS = {"rwkv4": 3.4, "transformer": 2.2}
-SHOWN = ("trigram of all training text", "gzip -9")  # the yardsticks that are drawn
+SHOWN = {"trigram of all training text": "trigram", "gzip -9": "gzip -9"}  # the yardsticks that are drawn
 
 
 def draw(record: Json, path: Path) -> None:
@@ -79,8 +79,8 @@ def _number(loss: float | None) -> float:
 
 def _yardsticks(axes: Axes, record: Json) -> None:
     """Dashed lines at what the yardsticks need for the held-out text."""
-    values = [record["yardsticks"][name] for name in SHOWN]
-    for name, value in zip(SHOWN, values, strict=True):
+    for yardstick, name in SHOWN.items():
+        value = record["yardsticks"][yardstick]
         axes.axhline(value, color=FAINT, linewidth=1.4, linestyle=(0, (4, 2)), zorder=2)
         place: Json = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
         axes.annotate(name, (1, value), (8, 1), va="bottom", fontsize=11.5, **place)

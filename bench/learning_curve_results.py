@@ -11,7 +11,7 @@ from learning_curve_evaluation import carried_bits, windowed_bits
 from learning_curve_models import NAMES
 from learning_curve_training import Training
 
-EVERY = 15  # steps to one point of a curve
+EVERY = 16  # steps to one point of a curve
 BEHIND = 0.03  # how far above the transformer RWKV-4 may end
 
 

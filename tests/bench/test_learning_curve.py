@@ -77,7 +77,7 @@ def test_command_line_writes_figure_and_record() -> None:
     assert list(found["yardsticks"]) == YARDSTICKS
     assert [row["model"] for row in found["rows"]] == ["rwkv4", "transformer"]
     for row in found["rows"]:
-        assert len(row["curve"]) == 2  # 15 steps, and what is left
+        assert len(row["curve"]) == 2  # 16 steps, and what is left
         assert row["bytes"] == 20 * 2 * 16
         assert row["steps_per_second"] > 0
         assert 3 < row["bits"] < 8
@@ -179,8 +179,8 @@ def test_what_was_missed_is_said() -> None:
 
 
 def test_points_of_a_curve_are_means_in_bits() -> None:
-    nats = [0.6931471805599453 * value for value in [*range(15), 3.0, 5.0]]
-    assert results.curve(nats) == pytest.approx([7, 4])
+    nats = [0.6931471805599453 * value for value in [*range(16), 3.0, 5.0]]
+    assert results.curve(nats) == pytest.approx([7.5, 4])
 
 
 def test_diverged_training_is_drawn_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
