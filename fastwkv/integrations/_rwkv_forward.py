@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastwkv.nn.rwkv4_layers import relu_squared
 from fastwkv.ops import checks
 from fastwkv.ops.wkv import wkv, wkv_step
 from fastwkv.reference.wkv import WKVState
@@ -82,7 +83,7 @@ def feed_forward_forward(
 ) -> tuple[Tensor, list[LayerState] | None]:
     """Mix channels: ``RwkvFeedForward.forward``."""
     previous = _previous(hidden, None if state is None else state[self.layer_id].ffn_x)
-    key = torch.relu(self.key(_mixed(previous, hidden, self.time_mix_key))).square()
+    key = relu_squared(self.key(_mixed(previous, hidden, self.time_mix_key)))
     receptance = torch.sigmoid(self.receptance(_mixed(previous, hidden, self.time_mix_receptance)))
     if state is not None:
         state = _updated(state, self.layer_id, ffn_x=hidden[:, -1])

@@ -151,7 +151,7 @@ class RWKV4ChannelMix(nn.Module):
         previous = _shift(x, _empty(x, cu_seqlens) if state is None else state, cu_seqlens)
         r = self.receptance(torch.lerp(previous, x, self.time_mix_receptance))
         k = self.key(torch.lerp(previous, x, self.time_mix_key))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square()), _last(x, cu_seqlens)
+        return torch.sigmoid(r) * self.value(relu_squared(k)), _last(x, cu_seqlens)
 
 
 class RWKV4Block(nn.Module):
@@ -209,6 +209,12 @@ class _Depth:
             raise ValueError(f"layer must be at least 0 and below {layers}, got {layer}")
         self.ratio = layer / max(layers - 1, 1)
         self.remaining = 1 - layer / layers
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """Return max(x, 0)², in one piece of new memory where nothing is differentiated: it is the largest of a layer."""
+    positive = torch.relu(x)
+    return positive.square() if torch.is_grad_enabled() else positive.square_()
 
 
 def _empty(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
