@@ -19,7 +19,7 @@ class Recipe:
     """Adam without weight decay, at a rate that falls exponentially to a sixtieth: in the paper 6e-4 to 1e-5.
 
     The paper's RWKV-4 starts at the full rate; the code that trained it gives time_decay and time_first twice and
-    three times the rate of the others. Pythia warmed up for a hundredth of its steps.
+    three times the rate of the others.
     """
 
     rate: float
@@ -34,7 +34,7 @@ class Recipe:
 
 RECIPES = {
     "rwkv4": Recipe(8e-3, (0.9, 0.99)),
-    "transformer": Recipe(4e-3, (0.9, 0.95), warm_up=0.01),
+    "transformer": Recipe(14e-3, (0.9, 0.95), warm_up=0.1),
 }
 
 
