@@ -8,14 +8,14 @@ before it is learned from.
 RWKV-4 is trained as in its paper (arXiv 2305.13048) and the code of its authors: their initial values, Adam with betas
 0.9 and 0.99 and epsilon 1e-8, no weight decay, no warm-up, a learning rate that falls exponentially to a sixtieth, for
 time_decay twice and for time_first three times that of the others. Their auxiliary loss is left out. The transformer is
-a GPT-NeoX, as Pythia is, with Pythia's betas, 0.9 and 0.95. It needs a warm-up: of a tenth of the steps, where Pythia had
-a hundredth; then its rate falls as RWKV-4's does. Its positions turn whole heads, not a quarter of each as Pythia's do,
-and so it learns faster.
+a GPT-NeoX, as Pythia is, with Pythia's betas, 0.9 and 0.95. It needs a warm-up: of a tenth of the steps, where Pythia
+had a hundredth; then its rate falls as RWKV-4's does. Its positions turn whole heads, not a quarter of each as Pythia's
+do, and so it learns faster.
 
-The first rates were chosen by the lowest loss in the last tenth of 220 steps, with another seed than the one reported and
-without a look at what is held out: for RWKV-4 among 0.004, 0.008 (2.53 bits a byte) and 0.016, for the transformer among
-0.004, 0.006, 0.01 and 0.014 (2.62). The paper's 6e-4 is for far larger models. So small a RWKV-4 would gain from a warm-up
-too (0.016 with one of a tenth: 2.28), but the paper has none.
+The first rates were chosen by the lowest loss in the last tenth of 220 steps, with another seed than the one reported
+and without a look at what is held out: for RWKV-4 among 0.004, 0.008 (2.53 bits a byte) and 0.016, for the transformer
+among 0.004, 0.006, 0.01 and 0.014 (2.62). The paper's 6e-4 is for far larger models. So small a RWKV-4 would gain from
+a warm-up too (0.016 with one of a tenth: 2.28), but the paper has none.
 
 What is reported, in bits a byte of the held-out files: what both models need for windows as long as those of training,
 one after another, each without what came before it; and RWKV-4 with its state carried from the first byte of a file to

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastwkv.nn import RWKV4, RWKV4State
-from fastwkv.reference.wkv import WKVState
 
 EVERY = 50  # steps from one checkpoint to the next
 
@@ -116,7 +115,7 @@ class Training:
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
         if self.state is not None:
-            tensors |= {f"state.{name}": tensor for name, tensor in _fields(self.state).items()}
+            tensors |= {f"state.{name}": tensor for name, tensor in self.state.tensors().items()}
         for name in ("losses", "seconds"):
             tensors[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
         checkpoint.write(path, tensors, asdict(self.settings))
@@ -131,14 +130,8 @@ class Training:
             moments.setdefault(int(number), {})[moment] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         if state := _part(tensors, "state."):
-            state = {name: tensor.to(self._device) for name, tensor in state.items()}
-            wkv = WKVState(*(state[name] for name in WKVState._fields))
-            self.state = RWKV4State(state["att_x"], state["ffn_x"], wkv)
+            self.state = RWKV4State.from_tensors(state).to(self._device)
         self.losses, self.seconds = tensors["losses"].tolist(), tensors["seconds"].tolist()
-
-
-def _fields(state: RWKV4State) -> dict[str, Tensor]:
-    return {"att_x": state.att_x, "ffn_x": state.ffn_x, **state.wkv._asdict()}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
