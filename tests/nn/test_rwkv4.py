@@ -400,7 +400,7 @@ def test_bad_config_raises() -> None:
         RWKV4Config(0, 8)
     with pytest.raises(TypeError, match="width must be an int, got float"):
         RWKV4Config(1, 8.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layer_norm_eps must be positive, got 0"):
+    with pytest.raises(ValueError, match="layer_norm_eps must be positive and finite, got 0"):
         RWKV4Config(1, 8, layer_norm_eps=0)
     with pytest.raises(TypeError, match="layer_norm_eps must be a number, got str"):
         RWKV4Config(1, 8, layer_norm_eps="1e-5")  # type: ignore[arg-type]
