@@ -112,6 +112,7 @@ def _linear_scan_fwd_kernel(
                 if row + rows == stop - start:
                     store(final_ptr, n * C + c, total(h_c, low_c, exact), sums)
                     store(final_ptr, n * C + d, total(h_d, low_d, exact), sums)
+    return carried.size  # numba frees an array after its last use, which is here
 
 
 def linear_scan_fwd(

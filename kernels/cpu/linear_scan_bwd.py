@@ -117,6 +117,7 @@ def _linear_scan_bwd_kernel(
                         store(ga_sum_ptr, n * C + c, total(ga, ga_low, exact), sums)
                     if ginitial_ptr != 0:
                         store(ginitial_ptr, n * C + c, total(q, low, exact), sums)
+    return carried.size  # numba frees an array after its last use, which is here
 
 
 def linear_scan_bwd(

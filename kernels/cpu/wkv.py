@@ -105,6 +105,7 @@ def _wkv_fwd_kernel(
                     num, den, scale = rounded(num, den, anchor, age, minus_w)
                     scale = select(den == 0.0, -np.inf, scale)
                     store_packed(final_ptr, n * C + c, N * C, num, den, scale, sums)
+    return carried.size  # numba frees an array after its last use, which is here
 
 
 def wkv_fwd(

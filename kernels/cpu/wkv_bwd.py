@@ -175,6 +175,7 @@ def _wkv_bwd_kernel(
                     _store_pair(gwu_ptr, n * C + c, N * C, gw, gu, sums)
                     if initial_ptr != 0:
                         _store_pair(ginitial_ptr, n * C + c, N * C, gm, gl, sums)
+    return carried.size  # numba frees an array after its last use, which is here
 
 
 def wkv_bwd(
