@@ -13,15 +13,8 @@ from torch.nn import functional as F
 for package in ("safetensors", "transformers"):
     pytest.importorskip(package)
 
-data, models, training, evaluation, checkpoint = map(
-    load,
-    (
-        "learning_curve_data",
-        "learning_curve_models",
-        "learning_curve_training",
-        "learning_curve_evaluation",
-        "learning_curve_checkpoint",
-    ),
+data, models, training, evaluation, checkpoint = (
+    load(f"learning_curve_{name}") for name in ("data", "models", "training", "evaluation", "checkpoint")
 )
 CPU = torch.device("cpu")
 LINES = [f"line {n}: {n * n} is the square of {n}\n".encode() for n in range(120)]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 import torch
-from comparison import Results
+from comparison import Results, relative_error
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastwkv import WKVState, reference
+from fastwkv import WKVState, reference, wkv
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # ‖error‖/‖reference‖ allowed, of outputs and of gradients. 16 bits: one rounding.
@@ -152,3 +152,17 @@ def state_invariants(state: WKVState) -> dict[str, Tensor]:
 def expected(case: Case, **options) -> Results:
     """Run the float64 reference."""
     return run(reference.wkv_loop, case, exact=True, **options)
+
+
+def values(case: Case, implementation, **changes):
+    """y and final state of a case, some of whose arguments are changed."""
+    arguments = dict(zip(("w", "u", "k", "v", "state", "cu"), case.arguments(implementation.device), strict=True))
+    w, u, k, v, state, cu = (arguments | changes).values()
+    with torch.no_grad():
+        return wkv(w, u, k, v, state, return_state=True, cu_seqlens=cu)
+
+
+def assert_states_close(state: WKVState, wanted: WKVState, bound: float) -> None:
+    actual, wanted = state_invariants(state), state_invariants(wanted)
+    for name in wanted:
+        assert relative_error(actual[name], wanted[name], floor=1.0) <= bound, name
