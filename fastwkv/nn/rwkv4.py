@@ -32,7 +32,8 @@ class RWKV4(nn.Module):
 
     Gradients also flow through a carried state; ``state.detach()`` cuts them: truncated back-propagation. With
     ``model.gradient_checkpointing = True`` the backward pass computes every block again instead of remembering what is
-    inside it: the same gradients, for about a third more time and a small part of the memory. Built under
+    inside it: the same gradients and less memory, for the time of another forward pass. Between the two the model must
+    stay in training or in inference mode, if ``config.rescale_every`` tells them apart. Built under
     ``torch.device("meta")`` the model allocates nothing; follow ``model.to_empty(device=...)`` by
     :meth:`reset_parameters` or by loading weights.
 

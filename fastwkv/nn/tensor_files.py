@@ -21,7 +21,8 @@ class CheckpointError(ValueError):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, or one of ``torch.save`` that holds a dictionary of tensors and nothing that runs.
 
-    The tensors stand in the mapped file: they cost no memory of their own, and writing to the file changes them.
+    The tensors stand in the mapped file: they cost no memory of their own, and writing to the file changes them. Only
+    files of PyTorch before 1.6 are read into memory.
 
     Raises:
         OSError: the file cannot be opened.
