@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target and dtype, and keeps its values in registers."""
+"""Every kernel compiles for every target and dtype, keeps its values in registers, and what is read of it is right."""
 
 import itertools
 import os
@@ -8,33 +8,50 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled_gpu import LANES, Instruction, clocks, resident_warps, warp_cycles
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
 ALL = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128")
 # The whole table takes six minutes on two cores: `make compiled`. Here one target has every dtype.
 PARTS = {("sm_90",): ALL, ("sm_80", "sm_100", "gfx942"): ("bfloat16", "float32", "complex64")}
+NVIDIA = ("sm_80", "sm_90", "sm_100")
 CASES = [(dtype, target) for targets, dtypes in PARTS.items() for target in targets for dtype in dtypes]
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiled")]  # that share what was compiled
 
 
+COLUMNS = ("registers", "spilled", "shared", "instructions", "special", "loads", "stores", "bytes", "warps")
+COLUMNS += ("clocks", "unit", "cycles", "waiting")
+
+
+def value(text):
+    """Return a figure of the table: a number, of two widths the usual one; or the text itself."""
+    usual = text.partition("/")[0]
+    return float(usual) if usual[0].isdecimal() else text
+
+
+def environment():
+    """Return that of a process in which kernels can be compiled."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": os.pathsep.join((str(SCRIPT.parents[1]), str(SCRIPT.parent)))}
+
+
 @pytest.fixture(scope="module")
 def rows():
     pytest.importorskip("triton", reason="Triton exists on Linux only")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
     found = {}
     for targets, dtypes in PARTS.items():
         command = [sys.executable, SCRIPT, "--targets", ",".join(targets), "--dtypes", ",".join(dtypes)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=880)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=880)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        pattern = r"(\S.*?) +((?:float|bfloat|complex)\d+) +(\S+) +(\d+) +(\d+) +(\d+) +([\d.]+) +([\d.]+)$"
-        found |= {row[:3]: tuple(map(float, row[3:])) for row in re.findall(pattern, done.stdout, re.MULTILINE)}
+        pattern = r"(\S.*?) +((?:float|bfloat|complex)\d+) +(\S+) +(\d.*)$"
+        for *key, figures in re.findall(pattern, done.stdout, re.MULTILINE):
+            found[tuple(key)] = dict(zip(COLUMNS, map(value, figures.split()), strict=True))
     return found
 
 
 def test_no_kernel_spills_registers(rows):
-    assert {key: row for key, row in rows.items() if row[1]} == {}
+    assert {key: row for key, row in rows.items() if row["spilled"]} == {}
 
 
 def test_every_kernel_is_there_for_every_target_and_dtype(rows):
@@ -54,16 +71,156 @@ def test_every_kernel_is_there_for_every_target_and_dtype(rows):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_token_costs_two_exponentials_and_one_reciprocal_forward(rows, dtype, target):
     # A sixteenth more each for what is stored with a checkpoint.
-    assert rows["wkv forward", dtype, target][4] <= 3 + 2 / 16
-    assert rows["wkv backward", dtype, target][4] <= 4 + 1 + 4 / 16  # and half a step to reach the second half
+    assert rows["wkv forward", dtype, target]["special"] <= 3 + 2 / 16
+    assert rows["wkv backward", dtype, target]["special"] <= 4 + 1 + 4 / 16  # and half a step to reach the second half
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_a_token_of_the_scan_costs_what_is_written(rows, target):
     # Three of a, x and h in 16 bits, their conversion and one fused multiply-add; exact sums in float32 about 12 more.
-    assert rows["scan forward", "bfloat16", target][3] <= 8
-    assert rows["scan forward", "float32", target][3] <= 16
-    assert rows["scan backward", "float32", target][3] <= 20
+    assert rows["scan forward", "bfloat16", target]["instructions"] <= 8
+    assert rows["scan forward", "float32", target]["instructions"] <= 16
+    assert rows["scan backward", "float32", target]["instructions"] <= 20
     for dtype, kernel in itertools.product(("bfloat16", "float32", "complex64"), ("forward", "backward")):
-        assert rows[f"scan {kernel}", dtype, target][4] == 0
-    assert rows["scan forward, log a", "bfloat16", target][4] == 1
+        assert rows[f"scan {kernel}", dtype, target]["special"] == 0
+    assert rows["scan forward, log a", "bfloat16", target]["special"] == 1
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("kernel", ["wkv forward", "wkv backward", "scan forward", "scan backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loads_and_stores_are_as_wide_as_the_program_allows(rows, kernel, dtype, target):
+    # Two channels of WKV a lane, two or four of the scan.
+    least = 4 if (kernel[:3], dtype) == ("wkv", "bfloat16") else 8
+    row = rows[kernel, dtype, target]
+    assert row["loads"] >= least
+    assert row["stores"] >= least
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_the_main_loop_moves_what_it_has_to(rows, dtype, size, target):
+    assert 3 * size < rows["wkv forward", dtype, target]["bytes"] <= 3 * size + 1.2  # and the saved state
+    for kernel, numbers in (("forward", 3), ("forward, fixed a", 2), ("backward", 5), ("backward, fixed a", 3)):
+        assert rows[f"scan {kernel}", dtype, target]["bytes"] == numbers * size
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_a_multiprocessor_holds_the_warps_that_a_launch_wants(rows, target):
+    for kernel in ("wkv forward", "wkv backward", "scan forward", "scan backward"):
+        for dtype in ("bfloat16", "float32"):
+            assert rows[kernel, dtype, target]["warps"] >= 8
+
+
+def test_times_are_there_for_one_maker_and_agree_with_the_instructions(rows):
+    for (_, _, target), row in rows.items():
+        if target == "gfx942":
+            assert [row[name] for name in COLUMNS[-5:]] == ["-"] * 5
+            continue
+        assert row["unit"] in LANES[target]
+        assert row["clocks"] >= row["instructions"] / LANES[target]["issue"] - 1e-3
+        assert row["cycles"] <= row["waiting"]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "num_warps", "warps"),
+    [
+        (32, 0, 4, 64),  # as many as there can be
+        (32, 0, 1, 32),  # as many as there can be programs
+        (64, 0, 1, 32),
+        (73, 0, 4, 24),  # registers come in units of 256 a warp
+        (255, 0, 1, 8),
+        (32, 100 << 10, 1, 2),
+        (255, 0, 16, 0),
+    ],
+)
+def test_warps_that_fit(registers, shared, num_warps, warps):
+    assert resident_warps(registers, shared, num_warps, "sm_90") == warps
+
+
+def test_units_of_known_instructions():
+    def taken(text):
+        return {unit: lanes for unit, lanes in Instruction(text).units.items() if unit != "issue"}
+
+    assert taken("@!P0 FFMA R1, R2, R3, R4 ") == {"fma": 1}
+    assert taken(" FMUL.FTZ R1, R2, R3 ") == {"fma": 1}
+    assert taken("IMAD.MOV.U32 R1, RZ, RZ, R2 ") == {"fma": 1, "heavy": 1}
+    assert taken("FSEL R1, R2, R3, P0 ") == taken("@UP1 PRMT R1, R2, R3, R4") == taken("LOP3.LUT R1, R2") == {"alu": 1}
+    assert taken("MUFU.EX2 R1, R2") == taken("F2F.BF16.F32 R1, R2") == {"special": 1}
+    assert taken("F2FP.BF16.F32.PACK_AB R1, R2, R3") == {"alu": 2}
+    assert taken("LDG.E.CONSTANT R2, desc[UR4][R2.64]") == taken("STG.E.U16 [UR4+R2], R3") == {"memory": 1}
+    assert taken("LDG.E.64 R2, [UR4+R2]") == taken("LDSM.16.M88.2 R2, [R3]") == {"memory": 2}
+    assert taken("LDGSTS.E.BYPASS.128 [R6], desc[UR8][R20]") == taken("STS.128 [R3], R4") == {"memory": 4}
+    assert taken("UIADD3 UR4, UR4, 0x1, URZ") == taken("@P0 BRA 0x40") == taken("NOP") == {}
+
+
+def test_clocks_are_those_of_the_busiest_unit():
+    special, added = Instruction("MUFU.EX2 R1, R2"), Instruction("FADD R1, R2, R3")
+    assert clocks([added] * 12, 2, "sm_90")[0] == 12 / 2 / 128
+    assert clocks([added] * 12, 2, "sm_80") == (12 / 2 / 64, "fma")
+    assert clocks([special, added, added], 1, "sm_90") == (1 / 16, "special")
+
+
+def test_a_warp_waits_for_stalls_barriers_and_units():
+    def control(stall, write=7, read=7, waits=0):
+        return stall | write << 5 | read << 8 | waits << 11
+
+    chain = [Instruction("FFMA R1, R1, R2, R3", control(4))] * 10
+    assert warp_cycles(chain, "sm_90") == 40
+    special = Instruction("MUFU.EX2 R1, R1", control(1, write=2))
+    follows = Instruction("FADD R1, R1, R2", control(4, waits=1 << 2))
+    assert warp_cycles([special, follows], "sm_90") == 20 + 4
+    assert warp_cycles([Instruction("MUFU.EX2 R1, R2", control(1))] * 3, "sm_90") == 3 * 8  # four lanes a clock
+    load = Instruction("LDG.E R1, [R2.64]", control(1, write=0))
+    used = Instruction("FADD R1, R1, R2", control(4, waits=1))
+    assert warp_cycles([load, load, used], "sm_90", 1000) == 1 + 1000 + 4
+    assert warp_cycles([load, load, used], "sm_90") == 6
+
+
+def test_a_warp_that_copies_ahead_waits_for_the_copies_before():
+    copy = Instruction("LDGSTS.E.BYPASS.128 [R6], desc[UR8][R20.64]", 1 | 7 << 5 | 7 << 8)
+    group = Instruction("LDGDEPBAR", 1 | 0 << 5 | 7 << 8)
+    work = [Instruction("FFMA R1, R1, R2, R3", 4 | 7 << 5 | 7 << 8)] * 50
+    for ahead, cycles in ((0, 1200), (1, 600), (9, 200)):
+        wait = Instruction(f"DEPBAR.LE SB0, 0x{ahead:x}", 1 | 7 << 5 | 7 << 8)
+        assert warp_cycles([copy, group, wait, *work], "sm_90", 1000) == pytest.approx(cycles, abs=5)
+
+
+CHAIN = """
+import sys
+import triton
+import triton.language as tl
+from compiled_gpu import warp_cycles
+from compiled_read import read
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@triton.jit
+def chain(x_ptr, n):
+    i = tl.arange(0, 32)
+    x = tl.load(x_ptr + i)
+    for _ in range(n):
+        for _ in tl.static_range(32):
+            x = tl.fma(x, 1.5, 0.25)
+    tl.store(x_ptr + i, x)
+
+
+for target in (80, 90, 100):
+    source = ASTSource(chain, {"x_ptr": "*fp32", "n": "i32"}, {})
+    code = read(triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 1}), "cuda")
+    adds = sum(one.opcode == "FFMA" for one in code.loop)
+    print(adds % 32, warp_cycles(code.loop, f"sm_{target}") / adds)
+"""
+
+
+def test_a_chain_of_multiply_adds_takes_four_clocks_each(tmp_path):
+    pytest.importorskip("triton", reason="Triton exists on Linux only")
+    script = tmp_path / "chain.py"
+    script.write_text(CHAIN)
+    done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 3
+    for line in done.stdout.splitlines():
+        rest, cycles = line.split()
+        assert rest == "0"
+        assert 4 <= float(cycles) <= 4.5  # and the end of the loop

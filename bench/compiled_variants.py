@@ -1,0 +1,207 @@
+"""The kernels that compiled.py compiles: their variants, targets and dtypes, and what is read of each."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+import triton
+import triton.language as tl
+from compiled_gpu import LOAD_CYCLES, Figures, clocks, resident_warps, warp_cycles
+from compiled_read import read
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_step
+from fastwkv.kernels.config import (
+    BACKWARD_ROWS,
+    CHECKPOINT_ROWS,
+    FP_FUSION,
+    SCAN_BACKWARD_ROWS,
+    SCAN_ROWS,
+    scan_launch,
+    wkv_launch,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float64": "fp64",
+    "complex64": "fp32",
+    "complex128": "fp64",
+}
+COMPLEX = {"complex64": "float32", "complex128": "float64"}  # and what they are made of
+STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
+STREAMS |= {"a_ptr", "x_ptr", "h_ptr", "gh_ptr", "ga_ptr", "gx_ptr"}
+OPTIONAL = {"initial_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
+STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
+BLOCKS = {wkv_step._wkv_step_kernel: wkv_step.BLOCK, linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, the optional arguments that it is given, and the constants that it is compiled for."""
+
+    name: str
+    kernel: Any
+    rows: int  # tokens in the main loop
+    absent: frozenset[str]
+    constants: dict[str, Any]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernel reads or writes tensors in the dtype of the model."""
+        return bool(STREAMS & set(self.kernel.arg_names))
+
+    @property
+    def scan(self) -> bool:
+        """Whether it is one of the linear scan, for complex numbers too."""
+        return "PARTS" in self.kernel.arg_names
+
+    def takes(self, dtype: str) -> bool:
+        """Whether there is such a variant for a dtype."""
+        if dtype in COMPLEX:
+            return self.scan and not self.constants.get("LOG")
+        return True
+
+
+def variant(
+    name: str, kernel: Any, rows: int, given: set[str], without: set[str] = frozenset(), C: int = 768, **constants: Any
+) -> Variant:
+    """Describe the kernel with these of its optional arguments, and without some of the others."""
+    return Variant(name, kernel, rows, frozenset((OPTIONAL - given) | without), {"C": C, **constants})
+
+
+def scan_variants(name: str, kernel: Any, rows: int, states: set[str], outputs: set[str]) -> list[Variant]:
+    """Describe what both kernels of the linear scan are compiled to. Odd C is none of a multiple of the block."""
+    gate = {"FIXED": False, "LOG": False}
+    return [
+        variant(f"scan {name}", kernel, rows, set(), STEP=768, **gate),
+        variant(f"scan {name}, fixed a", kernel, rows, set(), STEP=768, FIXED=True, LOG=False),
+        variant(f"scan {name}, log a", kernel, rows, set(), STEP=-768, FIXED=False, LOG=True),
+        variant(f"scan {name}, packed", kernel, rows, {"edge_ptr", "carry_ptr", *states}, C=770, STEP=-770, **gate),
+        variant(f"scan {name}, summary", kernel, rows, {"ginitial_ptr"}, outputs, STEP=768, **gate),
+    ]
+
+
+VARIANTS = [
+    variant("wkv forward", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}),
+    variant("wkv forward, odd C", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}, C=770),
+    variant(
+        "wkv forward, packed", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770
+    ),
+    variant("wkv forward, summary", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set(), {"y_ptr"}),
+    variant("wkv forward, carry", wkv._wkv_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}),
+    variant("wkv backward", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}),
+    variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, C=770),
+    variant(
+        "wkv backward, packed", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770
+    ),
+    variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
+    variant("wkv backward, carry", wkv_bwd._wkv_bwd_carry_kernel, 1, {"carry_ptr", *STATES}),
+    variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
+    *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
+    *scan_variants(
+        "backward",
+        linear_scan_bwd._linear_scan_bwd_kernel,
+        SCAN_BACKWARD_ROWS,
+        STATES,
+        {"ga_ptr", "gx_ptr", "h_ptr"},
+    ),
+    variant("scan carry", linear_scan._linear_scan_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
+    variant("scan step", linear_scan_step._linear_scan_step_kernel, 1, set(), FIXED=False, LOG=False),
+]
+
+
+# Of gpu_model.py, which also asks for a forward pass that keeps nothing.
+MODELLED = [*VARIANTS, variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set())]
+
+
+def compile_variant(job: tuple[int, str, str]) -> Figures:
+    """Compile the variant of this index for one dtype and target, and read the result."""
+    index, dtype, target = job
+    return figures(VARIANTS[index], dtype, target)
+
+
+def figures(variant: Variant, dtype: str, target: str) -> Figures:
+    """Compile a variant for one dtype and target, and read the result."""
+    element = COMPLEX.get(dtype, dtype)
+    acc = "fp64" if element == "float64" else "fp32"
+    size = {"float64": 8, "float32": 4}.get(element, 2) * (2 if dtype in COMPLEX else 1)
+    launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, 8 if acc == "fp64" else 4)
+    rows = SCAN_ROWS // 2 if variant.rows == SCAN_ROWS and dtype in COMPLEX else variant.rows
+    block = BLOCKS.get(variant.kernel, launch.block_c)
+    constants = {
+        "ROWS": rows,
+        "KEPT": CHECKPOINT_ROWS,
+        "BLOCK_C": block,
+        "BLOCK": block,
+        "PARTS": 2 if dtype in COMPLEX else 1,
+        "EXACT": size >= 4,
+        "ACC": tl.float64 if acc == "fp64" else tl.float32,
+        **variant.constants,
+    }
+    warps = 4 if variant.kernel in BLOCKS else launch.num_warps
+    compiled = triton.compile(
+        _source(variant, constants, dtype, acc),
+        target=TARGETS[target],
+        options={"num_warps": warps, "enable_fp_fusion": FP_FUSION},
+    )
+    code = read(compiled, TARGETS[target].backend)
+    shared = compiled.metadata.shared
+    lanes = warps * TARGETS[target].warp_size
+    elements = rows * max(1, block // lanes)  # of the main loop, a lane
+    loads, stores = code.widths("load"), code.widths("store")
+    found = Figures(
+        variant.name,
+        dtype if variant.streams or dtype in COMPLEX else acc.replace("fp", "float"),
+        target,
+        warps,
+        block,
+        code.registers,
+        code.spilled_bytes,
+        shared,
+        code.instructions / elements,
+        code.special / elements,
+        loads,
+        stores,
+        sum(width * count for width, count in loads.items()) * lanes / (rows * block),
+        sum(width * count for width, count in stores.items()) * lanes / (rows * block),
+    )
+    if TARGETS[target].backend == "hip":
+        return found
+    needed, unit = clocks(code.loop, elements, target)
+    return replace(
+        found,
+        warps=resident_warps(code.registers, shared, warps, target),
+        clocks=needed,
+        unit=unit,
+        cycles=warp_cycles(code.loop, target) / rows,
+        waiting=warp_cycles(code.loop, target, LOAD_CYCLES) / rows,
+    )
+
+
+def _source(variant: Variant, constants: dict[str, Any], dtype: str, acc: str) -> ASTSource:
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    names = variant.kernel.arg_names
+    for name in names:
+        if name in constants or name in variant.absent:
+            signature[name], values[name] = "constexpr", constants.get(name)
+        elif name == "edge_ptr":
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            summed = name == "ga_ptr" and variant.constants["FIXED"]
+            signature[name] = "*" + (DTYPES[dtype] if name in STREAMS and not summed else acc)
+        else:
+            signature[name] = "i32"
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
+    return ASTSource(variant.kernel, signature, values, aligned)

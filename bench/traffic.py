@@ -1,0 +1,112 @@
+"""What the kernels load and store, in bytes a token and channel, beside what every implementation has to.
+
+The kernels are interpreted and each of their accesses to memory is counted. What PyTorch does between them is not: sums
+over the chunks, numbers of packed sequences. "k 3.00 (1.5 times)" is read 1.5 times.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+try:
+    from command_line import COMPLEX_DTYPES, DTYPES, Parser, names, positive
+    from operator_base import Shape
+    from operators import OPERATORS
+    from traffic_counter import Access, TrafficCounter, merged
+except ImportError as error:
+    sys.exit(f"traffic.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
+
+from fastwkv.kernels.config import Launch, scan_launch, wkv_launch
+from fastwkv.kernels.linear_scan import linear_scan_fwd
+from fastwkv.kernels.linear_scan_bwd import linear_scan_bwd
+from fastwkv.kernels.wkv import wkv_fwd
+from fastwkv.kernels.wkv_bwd import wkv_bwd
+
+ALL_DTYPES = DTYPES | COMPLEX_DTYPES
+DEFAULT_DTYPES = ["bfloat16", "float32", "complex64"]
+MULTIPLE = 128  # of every number of tokens that a kernel treats at once
+
+
+def counted(operator: str, dtype: str, shape: Shape, chunk: int | None = None) -> dict[str, TrafficCounter]:
+    """Run the passes of an operator and count what each loads and stores."""
+    inputs = OPERATORS[operator].draw("ordinary", shape, ALL_DTYPES[dtype], 0)
+    if operator == "wkv":
+        return dict(_wkv_passes(inputs, _launch(wkv_launch, shape, max(4, inputs.dtype.itemsize), chunk)))
+    return dict(_scan_passes(inputs, _launch(scan_launch, shape, inputs.dtype.itemsize, chunk)))
+
+
+def _launch(choose: Callable[..., Launch], shape: Shape, itemsize: int, chunk: int | None) -> Launch:
+    return replace(choose(*shape, 1, itemsize), chunk=-(-(chunk or shape[1]) // MULTIPLE) * MULTIPLE)
+
+
+def _wkv_passes(inputs: Any, launch: Launch) -> Iterator[tuple[str, TrafficCounter]]:
+    tensors = inputs.w, inputs.u, inputs.k, inputs.v
+    for name, save in (("forward", False), ("forward, saving", True)):
+        with TrafficCounter() as counter:
+            *_, checkpoints = wkv_fwd(*tensors, None, None, save, launch=launch)
+        yield name, counter
+    with TrafficCounter() as counter:
+        wkv_bwd(*tensors, None, None, checkpoints, inputs.gy, None, launch=launch)
+    yield "backward", counter
+
+
+def _scan_passes(inputs: Any, launch: Launch) -> Iterator[tuple[str, TrafficCounter]]:
+    with TrafficCounter() as counter:
+        h, _ = linear_scan_fwd(inputs.a, inputs.x, None, None, False, False, launch=launch)
+    yield "forward", counter
+    with TrafficCounter() as counter:
+        linear_scan_bwd(inputs.a, h, None, None, False, False, inputs.gh, None, inputs.dtype, launch=launch)
+    yield "backward", counter
+
+
+def compulsory(operator: str, which: str, dtype: str) -> int:
+    """Return the bytes a token and channel that every implementation has to load and store in a pass."""
+    return OPERATORS[operator].traffic[which.partition(",")[0]].elements * ALL_DTYPES[dtype].itemsize
+
+
+def _tensors(accesses: dict[tuple[str, str], Access], elements: int) -> str:
+    shown = []
+    for name, access in merged(accesses).items():
+        if access.total / elements < 0.005:
+            continue
+        times = access.total / access.distinct
+        again = f" ({times:.3g} times)" if times > 1.01 else ""
+        shown.append(f"{name.removesuffix('_ptr')} {access.total / elements:.2f}{again}")
+    return ", ".join(shown)
+
+
+def main() -> None:
+    parser = Parser(prog="traffic.py", description=__doc__.split("\n\n")[0])
+    option = parser.add_argument
+    known = list(OPERATORS)
+    option("--ops", type=names("operator", known), default=known, metavar="LIST", help=", ".join(known))
+    known = list(ALL_DTYPES)
+    option("--dtypes", type=names("dtype", known), default=DEFAULT_DTYPES, metavar="LIST", help=", ".join(known))
+    option("--tokens", type=positive, default=512, metavar="N", help="of the one sequence (%(default)s)")
+    option("--chunk", type=positive, default=128, metavar="N", help="tokens a chunk, where time is split (%(default)s)")
+    args = parser.parse_args()
+
+    shape = (1, args.tokens, 64)
+    elements = math.prod(shape)
+    columns = "{:<17} {:<15} {:<10} {:>6} {:>6} {:>10} {:>6}  {}"
+    print(columns.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored"))
+    cases = itertools.product(args.ops, args.dtypes, (None, args.chunk))
+    for operator, dtype, chunk in cases:
+        if dtype not in OPERATORS[operator].dtypes:
+            continue
+        for which, counter in counted(operator, dtype, shape, chunk).items():
+            found, least = counter.total / elements, compulsory(operator, which, dtype)
+            parts = f"{_tensors(counter.loads, elements)}; {_tensors(counter.stores, elements)}"
+            figures = f"{found:.2f}", least, f"{found / least:.2f}", parts
+            print(columns.format(operator, which, dtype, chunk or "-", *figures))
+
+
+if __name__ == "__main__":
+    main()
