@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test lint format ops accuracy compiled lru_steps hf_speed learning_curve clean
+.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
 
 test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+gpu: .venv/ready  ## tests, sanitizers and benchmarks on a GPU, or those of PART=...
+	$(BIN)/python bench/gpu.py $(PART)
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy

@@ -42,6 +42,11 @@ def about_software(peers: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
+def slug(name: str) -> str:
+    """Return the name of a device as that of a folder: nvidia-h200 of NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def _commit() -> str | None:
     root = str(Path(__file__).resolve().parents[1])
     commit = _first_line("git", "-C", root, "rev-parse", "HEAD")

@@ -110,10 +110,10 @@ def test_nan_does_not_cross_into_another_sequence_in_chunks(poisoned, reverse):
 
 
 def test_what_roundings_cut_off_is_carried_from_chunk_to_chunk():
-    a, x = torch.ones(3), torch.full((1, 768, 3), 0.1)
     with Implementation("triton") as context:
+        a, x = torch.ones(3, device=context.device), torch.full((1, 768, 3), 0.1, device=context.device)
         h, _ = context.launcher("linear_scan_fwd")(a, x, None, None, False, False, launch=Launch(4, 1, SCAN_ROWS))
-    wanted = torch.arange(1, 769, dtype=torch.float64)[None, :, None] * x[0, 0].double()
+    wanted = torch.arange(1, 769, dtype=torch.float64)[None, :, None] * x[0, 0].double().cpu()
     assert relative_error(h, wanted) <= 4e-8
 
 

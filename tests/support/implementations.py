@@ -8,6 +8,8 @@ from providers import OPERATORS, rounding_interpreter
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
 IMPLEMENTATIONS = ("cpu", "triton")
+# Numbers of channels that tests draw from. On a GPU each is compiled for: there, fewer than a block has, and more.
+CHANNELS = (3, 65) if torch.cuda.is_available() else (1, 2, 3, 5, 17, 33)
 
 
 class Implementation:
