@@ -1,17 +1,20 @@
 """The passes that ops.py times, of any operator: how each is called, what it returns, how far that is from right."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from operator_base import Inputs, Operator, relative_error
+from ops_cuda import Cuda, CudaTask
+from ops_saved import kept_bytes
 from ops_timing import Task
 from providers import Provider
 from torch import Tensor
 
-CHECKED = 4_000_000  # elements; of larger inputs only some channels are compared with the reference
+# Elements; of larger inputs only some channels are compared with the reference, whose loop holds up a GPU.
+CHECKED = {"cpu": 4_000_000, "cuda": 1_000_000}
+COPIES = 16  # of small inputs, at most
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Arguments:
     leaves: tuple[Tensor, ...]
     initial: Any
     gradient: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,17 @@ def _as_it_is(provider: Provider, arguments: Arguments) -> Arguments:
     return arguments
 
 
+def _output(provider: Provider, arguments: Arguments) -> Tensor:
+    return provider.forward(arguments.leaves, arguments.initial, arguments.cu_seqlens)
+
+
 def _forward(provider: Provider, arguments: Arguments) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return (provider.forward(arguments.leaves, arguments.initial),)
+        return (_output(provider, arguments),)
 
 
 def _graph(provider: Provider, arguments: Arguments) -> tuple[Tensor, Arguments]:
-    return provider.forward(arguments.leaves, arguments.initial), arguments
+    return _output(provider, arguments), arguments
 
 
 def _backward(provider: Provider, prepared: tuple[Tensor, Arguments]) -> tuple[Tensor, ...]:
@@ -54,7 +62,7 @@ def _backward(provider: Provider, prepared: tuple[Tensor, Arguments]) -> tuple[T
 
 
 def _forward_backward(provider: Provider, arguments: Arguments) -> tuple[Tensor, ...]:
-    output, _ = _graph(provider, arguments)
+    output = _output(provider, arguments)
     return output.detach(), *_backward(provider, (output, arguments))
 
 
@@ -80,14 +88,40 @@ def arguments(provider: Provider, which: str, inputs: Inputs, place: torch.devic
     token = which == "step"
     leaves = tuple(leaf(one) for one in provider.leaves(inputs, token=token))
     states = [one.to(place) for one in inputs.states] if token else None
-    return Arguments(leaves, provider.initial(states, leaves), provider.gradient_of_output(inputs).to(place))
+    initial, gradient = provider.initial(states, leaves), leaf(provider.gradient_of_output(inputs)).detach()
+    return Arguments(leaves, initial, gradient, None if inputs.cu_seqlens is None else inputs.cu_seqlens.to(place))
 
 
-def task(provider: Provider, which: str, inputs: Inputs, place: torch.device, copies: int = 1) -> Task:
-    """Return the call that is timed. It takes so many copies of the inputs in turn."""
-    one = PASSES[which]
-    ring = itertools.cycle([arguments(provider, which, inputs, place) for _ in range(copies)])
-    return Task(lambda prepared: one.call(provider, prepared), place, lambda: one.prepare(provider, next(ring)))
+def task(provider: Provider, which: str, inputs: Inputs, place: torch.device) -> Task:
+    """Return the call that is timed on a CPU, whose cache is part of what a model there lives in."""
+    one, made = PASSES[which], arguments(provider, which, inputs, place)
+    return Task(lambda prepared: one.call(provider, prepared), place, lambda: one.prepare(provider, made))
+
+
+def cuda_task(operator: Operator, provider: Provider, which: str, inputs: Inputs, cuda: Cuda) -> CudaTask:
+    """Return the call that is timed on a GPU, with as many copies of its inputs as its cache cannot hold.
+
+    Those of a step are small: its cache holds all copies, as it would hold what a model has just computed.
+    """
+    one, place = PASSES[which], cuda.device
+    size = operator.compulsory_bytes("step" if which == "step" else "forward", inputs)
+    return CudaTask(
+        lambda prepared: one.call(provider, prepared),
+        place,
+        cuda=cuda,
+        make=lambda: arguments(provider, which, inputs, place),
+        prepare=lambda made: one.prepare(provider, made),
+        copies=max(1, min(COPIES, -(-4 * cuda.cache // size))),
+        holds=one.prepare is _graph,
+    )
+
+
+def saved_bytes(provider: Provider, which: str, inputs: Inputs, place: torch.device) -> int | None:
+    """Return the bytes kept for the backward pass beyond inputs and output, None for passes without one."""
+    if not PASSES[which].gradients:
+        return None
+    given = arguments(provider, which, inputs, place)
+    return kept_bytes(_output(provider, given), [*given.leaves, given.initial, given.cu_seqlens])
 
 
 def errors(
@@ -105,6 +139,6 @@ def errors(
 
 
 def checked_channels(inputs: Inputs) -> slice:
-    """Return the channels that are compared with the reference: all, of very large inputs some."""
+    """Return the channels that are compared with the reference: all, of very large inputs some, even and odd ones."""
     B, T, C = inputs.shape
-    return slice(None, None, -(-B * T * C // CHECKED))
+    return slice(None, None, -(-B * T * C // CHECKED[inputs.gradient.device.type]) | 1)

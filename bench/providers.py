@@ -36,6 +36,12 @@ class Provider(ABC):
     """What records the version that was measured."""
     language: str | None = None
     """Of its own GPU kernels, Triton or CUDA, if it is made of such. Triton can be interpreted elsewhere."""
+    packs = False
+    """Whether it takes packed sequences."""
+    longest: int | None = None
+    """Tokens that it is asked for on a GPU, if it takes too long for more."""
+    loops = False
+    """Whether it runs through the tokens in Python, so that nothing is compiled or tuned for a shape."""
 
     def missing(self, device: torch.device, *, interpreted: bool = False) -> str | None:
         """Return why it cannot run on this device, None if it can."""
@@ -45,7 +51,14 @@ class Provider(ABC):
 
     def refuses(self, which: str, inputs: Any) -> str | None:
         """Return why it has no such pass, or not with such inputs; None if it has."""
-        return None
+        return "takes no packed sequences" if inputs.cu_seqlens is not None and not self.packs else None
+
+    def too_long(self, device: torch.device, which: str, tokens: int) -> str | None:
+        """Return why it is not asked for so many tokens on this device, None if it is."""
+        if device.type == "cpu" or self.longest is None or which == "step" or tokens <= self.longest:
+            return None
+        what = "a loop in Python" if self.loops else "compiled anew for every shape"
+        return f"{what}, asked for {self.longest} tokens at most"
 
     @abstractmethod
     def leaves(self, inputs: Any, *, token: bool = False) -> Sequence[Tensor]:
@@ -60,8 +73,8 @@ class Provider(ABC):
         """Return what the backward pass starts from."""
 
     @abstractmethod
-    def forward(self, leaves: Sequence[Tensor], initial: Any) -> Tensor:
-        """Return the output."""
+    def forward(self, leaves: Sequence[Tensor], initial: Any, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return the output; with ``cu_seqlens``, if it :attr:`packs`, that of packed sequences."""
 
     @abstractmethod
     def one_token(self, leaves: Sequence[Tensor], initial: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import scan_inputs
 import torch
-from operator_base import ROUNDING, Operator, Shape, Traffic
+from operator_base import CPU, ROUNDING, Operator, Shape, Traffic
 from scan_inputs import Inputs
 from scan_providers import PROVIDERS
 from torch import Tensor
@@ -21,6 +21,7 @@ class LinearScan(Operator):
     name = "linear_scan"
     dtypes = ("complex64", "complex128", "float32", "bfloat16", "float16", "float64")
     default_dtype = "complex64"
+    gpu_dtypes = ("bfloat16", "float32", "complex64")
     accuracy_dtypes = ("float32", "complex64", "bfloat16")
     shapes = ((4, 4096, 256), (1, 1024, 256), (8, 784, 128), (32, 64, 128))
     quick_shapes = ((1, 256, 256),)
@@ -40,12 +41,12 @@ class LinearScan(Operator):
     providers = PROVIDERS
     fixed: ClassVar[bool] = False
 
-    def draw(self, kind: str, shape: Shape, dtype: torch.dtype, seed: int) -> Inputs:
+    def draw(self, kind: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Inputs:
         draw = {"ordinary": scan_inputs.ordinary, "adversarial": scan_inputs.adversarial}[kind]
-        return draw(*shape, dtype, seed, fixed=self.fixed)
+        return draw(*shape, dtype, seed, device, fixed=self.fixed)
 
-    def expected(self, inputs: Inputs, *, state: bool) -> dict[str, Tensor]:
-        return scan_inputs.expected(inputs, state=state)
+    def expected(self, inputs: Inputs, *, state: bool, own: bool = False) -> dict[str, Tensor]:
+        return scan_inputs.expected(inputs, state=state, own=own)
 
     def expected_step(self, inputs: Inputs) -> dict[str, Tensor]:
         return scan_inputs.expected_step(inputs)

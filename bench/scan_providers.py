@@ -35,7 +35,7 @@ class ScanProvider(Provider):
             return "takes a multiplier of every token only"
         if which == "step" and type(self).step is ScanProvider.step:
             return "has no step"
-        return None
+        return super().refuses(which, inputs)
 
     def leaves(self, inputs: Inputs, *, token: bool = False) -> Sequence[Tensor]:
         a, x = (inputs.a_0, inputs.x[:, 0]) if token else (inputs.a, inputs.x)
@@ -48,8 +48,8 @@ class ScanProvider(Provider):
     def gradient_of_output(self, inputs: Inputs) -> Tensor:
         return self.laid_out(inputs.gh)
 
-    def forward(self, leaves: Sequence[Tensor], initial: Any) -> Tensor:
-        return self.scan(*leaves, initial)
+    def forward(self, leaves: Sequence[Tensor], initial: Any, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.scan(*leaves, initial, **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}))
 
     def one_token(self, leaves: Sequence[Tensor], initial: Any) -> Any:
         return self.step(*leaves, initial)
@@ -59,7 +59,7 @@ class ScanProvider(Provider):
 
     def in_our_form(self, name: str, result: Tensor, inputs: Inputs) -> Tensor:
         result = self.laid_out(result)
-        return result.cpu().double() / inputs.a.double() if name == "ga" and self.log_a else result
+        return result.to(inputs.a.device).double() / inputs.a.double() if name == "ga" and self.log_a else result
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """Return ``[B, T, C]`` as it wants it, or what it has as ``[B, T, C]``; other shapes as they are."""
@@ -87,9 +87,10 @@ class FastWKV(ScanProvider):
 
     name = label = "fastwkv"
     about = "fastwkv.linear_scan, fastwkv.linear_scan_step"
+    packs = True
 
-    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        return fastwkv.linear_scan(a, x, h0)
+    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        return fastwkv.linear_scan(a, x, h0, cu_seqlens=cu_seqlens)
 
     def step(self, a_t: Tensor, x_t: Tensor, h: Tensor) -> Tensor:
         return fastwkv.linear_scan_step(a_t, x_t, h)
@@ -101,6 +102,8 @@ class Loop(ScanProvider):
     name = "loop"
     label = "PyTorch loop"
     about = "a plain PyTorch loop over unbind slices"
+    loops = True
+    longest = 4096
 
     def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
         h = torch.zeros_like(x[:, 0]) if h0 is None else h0.to(x.dtype)
@@ -121,6 +124,7 @@ class AssociativeScan(ScanProvider):
     name = "associative_scan"
     label = "torch associative_scan"
     about = "torch._higher_order_ops.associative_scan: generic on a CPU, pointwise under torch.compile on a GPU"
+    longest = 4096
 
     def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
         return _tree(x.is_cuda)(a.expand(x.shape), self.started(a, x, h0))
@@ -148,9 +152,11 @@ class Reference(ScanProvider):
 
     name = label = "reference"
     about = "fastwkv.reference.linear_scan, fastwkv.reference.linear_scan_step"
+    packs = loops = True
+    longest = 4096
 
-    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        return reference.linear_scan(a, x, h0)
+    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        return reference.linear_scan(a, x, h0, cu_seqlens=cu_seqlens)
 
     def step(self, a_t: Tensor, x_t: Tensor, h: Tensor) -> Tensor:
         return reference.linear_scan_step(a_t, x_t, h)
@@ -165,10 +171,10 @@ class FlaRecurrent(ScanProvider):
     packages = ("triton", "fla")
     distribution = "fla-core"
     language = "Triton"
-    gates = per_token = log_a = True
+    gates = per_token = log_a = packs = True
 
-    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        return _hgrn().fused_recurrent_hgrn(x, a, initial_state=h0)[0]
+    def scan(self, a: Tensor, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        return _hgrn().fused_recurrent_hgrn(x, a, initial_state=h0, cu_seqlens=cu_seqlens)[0]
 
     def step(self, a_t: Tensor, x_t: Tensor, h: Tensor) -> Tensor:
         options = {"initial_state": h, "output_final_state": True}

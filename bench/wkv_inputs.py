@@ -1,11 +1,13 @@
 """Inputs of WKV for the benchmarks, and what the float64 reference makes of them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
-from operator_base import Shape, draws, state_dtype
+from operator_base import CPU, Shape, draws, first_tokens, state_dtype
 from torch import Tensor
 
+import fastwkv
 from fastwkv import WKVState, reference
 
 
@@ -23,6 +25,7 @@ class Inputs:
     v: Tensor
     state: WKVState
     gy: Tensor
+    cu_seqlens: Tensor | None = None
 
     @property
     def shape(self) -> Shape:
@@ -34,6 +37,11 @@ class Inputs:
     def dtype(self) -> torch.dtype:
         """Dtype of k, v and gy."""
         return self.k.dtype
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the output."""
+        return self.gy
 
     @property
     def states(self) -> tuple[Tensor, ...]:
@@ -48,31 +56,47 @@ class Inputs:
     def part(self, tokens: int, channels: slice = slice(None)) -> "Inputs":
         """Return the first tokens of some channels."""
         k, v, gy = (x[:, :tokens, channels] for x in (self.k, self.v, self.gy))
-        return Inputs(self.log_w[channels], self.u[channels], k, v, WKVState(*(s[:, channels] for s in self.state)), gy)
+        state = WKVState(*(s[:, channels] for s in self.state))
+        cu_seqlens = first_tokens(self.cu_seqlens, tokens)
+        return Inputs(self.log_w[channels], self.u[channels], k, v, state, gy, cu_seqlens)
+
+    def packed(self, cu_seqlens: Tensor) -> "Inputs":
+        """Return the same tokens as packed sequences."""
+        return replace(self, cu_seqlens=cu_seqlens.to(self.k.device))
+
+    def on(self, device: torch.device) -> "Inputs":
+        """Return the same on a device."""
+        log_w, u, k, v, gy = (x.to(device) for x in (self.log_w, self.u, self.k, self.v, self.gy))
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Inputs(log_w, u, k, v, WKVState(*(s.to(device) for s in self.state)), gy, cu_seqlens)
 
 
-def ordinary(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def ordinary(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0, device: torch.device = CPU) -> Inputs:
     """Draw inputs like a model's: normal keys and values, decay and bonus as RWKV-4 initialises a middle layer."""
-    normal, uniform = draws(seed)
-    channel = torch.arange(C, dtype=torch.float64)
+    normal, uniform = draws(seed, device)
+    channel = torch.arange(C, dtype=torch.float64, device=device)
     log_w = -5 + 8 * (channel / max(1, C - 1)) ** 1.35
     u = -1.2 + 0.5 * ((channel + 1) % 3 - 1)
     return _rounded(log_w, u, normal(B, T, C), normal(B, T, C), B, normal, uniform, dtype)
 
 
-def adversarial(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def adversarial(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0, device: torch.device = CPU) -> Inputs:
     """Draw inputs that strain the arithmetic: k uniform within ±60, w log-uniform from 1e-6 to 20."""
-    normal, uniform = draws(seed)
-    low, high = torch.tensor((1e-6, 20.0), dtype=torch.float64).log()
+    normal, uniform = draws(seed, device)
+    low, high = math.log(1e-6), math.log(20.0)
     log_w = low + (high - low) * uniform(C)
     return _rounded(log_w, normal(C), 60 * (2 * uniform(B, T, C) - 1), normal(B, T, C), B, normal, uniform, dtype)
 
 
-def expected(inputs: Inputs, *, state: bool) -> dict[str, Tensor]:
-    """Return y and its gradients by the float64 reference; with ``state`` the initial state takes part."""
+def expected(inputs: Inputs, *, state: bool, own: bool = False) -> dict[str, Tensor]:
+    """Return y and its gradients by the float64 reference, ``own`` by this package's float64 path on the CPU.
+
+    With ``state`` the initial state takes part.
+    """
     tensors = (inputs.w, inputs.u, inputs.k, inputs.v, *(inputs.state if state else ()))
     w, u, k, v, *initial = (t.detach().to(torch.float64, copy=True).requires_grad_() for t in tensors)
-    y = reference.wkv_loop(w, u, k, v, WKVState(*initial) if state else None)
+    wkv = fastwkv.wkv if own else reference.wkv_loop
+    y = wkv(w, u, k, v, WKVState(*initial) if state else None, cu_seqlens=inputs.cu_seqlens)
     gw, gu, gk, gv, *ginitial = torch.autograd.grad(y, (w, u, k, v, *initial), inputs.gy.double())
     results = {"y": y.detach(), "gk": gk, "gv": gv, "gu": gu, "gw": gw}
     return results | ({"gstate": torch.stack(ginitial)} if state else {})

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 import wkv_inputs
-from operator_base import ROUNDING, Operator, Shape, Traffic
+from operator_base import CPU, ROUNDING, Goal, Operator, Shape, Traffic
 from torch import Tensor
+from wkv_cuda_providers import STATELESS
 from wkv_inputs import Inputs
 from wkv_providers import PROVIDERS
 
@@ -23,6 +24,7 @@ class WKV(Operator):
     name = "wkv"
     dtypes = ("float32", "bfloat16", "float16", "float64")
     default_dtype = "float32"
+    gpu_dtypes = ("bfloat16", "float32")
     accuracy_dtypes = ("float32", "bfloat16")
     shapes = ((1, 1024, 768), (4, 1024, 768))
     quick_shapes = ((1, 256, 768),)
@@ -42,14 +44,40 @@ class WKV(Operator):
         ("forward", (4, 1024, 768), "hf"): 18,
         ("forward+backward", (4, 1024, 768), "hf"): 800,
     }
+    goals: ClassVar = (
+        Goal(
+            lambda B, T, C: B * C >= 16384 and T >= 1024,
+            {
+                ("forward", "bfloat16"): 0.85,
+                ("forward", "float32"): 0.90,
+                ("backward", "bfloat16"): 0.75,
+                ("backward", "float32"): 0.85,
+            },
+        ),
+        Goal(
+            lambda B, T, C: B == 1 and 1024 <= C <= 2560 and T >= 65536,
+            {
+                ("forward", "bfloat16"): 0.60,
+                ("forward", "float32"): 0.60,
+                ("backward", "bfloat16"): 0.50,
+                ("backward", "float32"): 0.50,
+            },
+        ),
+    )
+    gpu_ratios: ClassVar = (
+        (lambda B, T, C: B == 1 and T >= 65536, 10),
+        (lambda B, T, C: B > 1 and T >= 1024, 3),
+        (lambda B, T, C: True, 1),
+    )
     providers = PROVIDERS
+    stateless: ClassVar = STATELESS
 
-    def draw(self, kind: str, shape: Shape, dtype: torch.dtype, seed: int) -> Inputs:
+    def draw(self, kind: str, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Inputs:
         draw = {"ordinary": wkv_inputs.ordinary, "adversarial": wkv_inputs.adversarial}[kind]
-        return draw(*shape, dtype, seed)
+        return draw(*shape, dtype, seed, device)
 
-    def expected(self, inputs: Inputs, *, state: bool) -> dict[str, Tensor]:
-        return wkv_inputs.expected(inputs, state=state)
+    def expected(self, inputs: Inputs, *, state: bool, own: bool = False) -> dict[str, Tensor]:
+        return wkv_inputs.expected(inputs, state=state, own=own)
 
     def expected_step(self, inputs: Inputs) -> dict[str, Tensor]:
         return wkv_inputs.expected_step(inputs)

@@ -32,8 +32,8 @@ class WKVProvider(Provider):
     def gradient_of_output(self, inputs: Inputs) -> Tensor:
         return inputs.gy
 
-    def forward(self, leaves: Sequence[Tensor], initial: Any) -> Tensor:
-        return self.wkv(*leaves, initial)
+    def forward(self, leaves: Sequence[Tensor], initial: Any, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.wkv(*leaves, initial, **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}))
 
     def one_token(self, leaves: Sequence[Tensor], initial: Any) -> Any:
         return self.step(*leaves, initial)
@@ -43,7 +43,7 @@ class WKVProvider(Provider):
         return {"y": y, **wkv_inputs.invariants(self.unpacked(state))}
 
     def in_our_form(self, name: str, result: Tensor, inputs: Inputs) -> Tensor:
-        return self.gradient_of_w(result.cpu(), inputs.w) if name == "gw" else result
+        return self.gradient_of_w(result.to(inputs.w.device), inputs.w) if name == "gw" else result
 
     def decay(self, inputs: Inputs) -> Tensor:
         """Return what it takes as decay."""
@@ -75,9 +75,10 @@ class FastWKV(WKVProvider):
 
     name = label = "fastwkv"
     about = "fastwkv.wkv, fastwkv.wkv_step"
+    packs = True
 
-    def wkv(self, decay: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
-        return fastwkv.wkv(decay, u, k, v, state)
+    def wkv(self, decay, u, k, v, state, cu_seqlens: Tensor | None = None) -> Tensor:
+        return fastwkv.wkv(decay, u, k, v, state, cu_seqlens=cu_seqlens)
 
     def step(self, decay: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: Any) -> tuple[Tensor, Any]:
         return fastwkv.wkv_step(decay, u, k_t, v_t, state)
@@ -90,7 +91,13 @@ class HuggingFace(WKVProvider):
     label = "Hugging Face loop"
     about = "transformers.models.rwkv.modeling_rwkv.rwkv_linear_attention_cpu"
     packages = ("transformers",)
-    log_decay = True
+    log_decay = loops = True
+    longest = 4096
+
+    def too_long(self, device: torch.device, which: str, tokens: int) -> str | None:
+        if device.type != "cpu" and "backward" in which and tokens > 1024:
+            return "its backward pass makes tensors of full size at every token"
+        return super().too_long(device, which, tokens)
 
     def wkv(self, decay: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
         return self._call(decay, u, k, v, state)[0]
@@ -110,6 +117,8 @@ class Loop(WKVProvider):
     name = "loop"
     label = "PyTorch loop"
     about = "a plain PyTorch loop over unbind slices"
+    loops = True
+    longest = 4096
 
     def state(self, state: WKVState | None, k: Tensor) -> Any:
         if state is not None:
@@ -140,9 +149,11 @@ class Reference(WKVProvider):
 
     name = label = "reference"
     about = "fastwkv.reference.wkv_loop"
+    packs = loops = True
+    longest = 4096
 
-    def wkv(self, decay: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
-        return reference.wkv_loop(decay, u, k, v, state)
+    def wkv(self, decay, u, k, v, state, cu_seqlens: Tensor | None = None) -> Tensor:
+        return reference.wkv_loop(decay, u, k, v, state, cu_seqlens=cu_seqlens)
 
     def step(self, decay: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = reference.wkv_loop(decay, u, k_t[:, None], v_t[:, None], state, return_state=True)

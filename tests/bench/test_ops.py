@@ -24,8 +24,9 @@ WKV = ops.OPERATORS["wkv"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.ops_timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
-    monkeypatch.setattr(ops.ops_timing, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(ops, "draw_all", lambda record, folder: [])
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
@@ -41,8 +42,9 @@ def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
     arguments += ["--passes", "forward,backward,forward+backward,step", "--out", str(tmp_path / "new")]
     done = run_script("ops.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ops.json"]
-    for text in ("\nwkv\n", "\nlinear_scan\n", "times ours", "target", "fla: not available", "GB/s"):
+    figures = ["ops_linear_scan.png", "ops_wkv.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ops.json", *figures]
+    for text in ("\nwkv\n", "\nlinear_scan\n", "times ours", "target", "fla, rwkv-cuda: not available", "GB/s"):
         assert text in done.stdout
 
     text = (tmp_path / "new" / "ops.json").read_text()
@@ -55,12 +57,13 @@ def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
     rows = {op: [row for row in record["rows"] if row["op"] == op] for op in ("wkv", "linear_scan")}
     assert {row["dtype"] for row in rows["linear_scan"]} == {"complex64"}
     assert len({tuple(row) for row in record["rows"]}) == 1  # the same keys
-    assert len(rows["wkv"]) == 4 * 5
+    assert len(rows["wkv"]) == 4 * 6
     for row in rows["wkv"]:
         assert row["dtype"] == "float32"
         B, T, C = 2, 1 if row["pass"] == "step" else 9, 5
         assert (row["B"], row["T"], row["C"]) == (B, T, C)
-        if row["provider"] == "fla":
+        assert [row[key] for key in ("packed", "ms_host", "peak_bytes", "head_start")] == [None] * 4
+        if row["provider"] in ("fla", "rwkv-cuda"):
             assert (row["status"], row["reason"], row["ms"]) == ("unavailable", "runs on a GPU only", None)
             continue
         assert row["provider"] in PEERS
@@ -69,6 +72,7 @@ def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
         assert row["error"] == max(row["errors"].values())
         assert row["repeats"] >= 2
         assert row["ms_first"] > 0
+        assert (row["saved_bytes"] is None) == ("backward" not in row["pass"])
         assert row["ms_min"] <= row["quantiles"]["0.1"] <= row["quantiles"]["0.25"] <= row["ms"]
         assert row["ms"] <= row["quantiles"]["0.75"] <= row["quantiles"]["0.9"]
         floats = {"forward": 3, "backward": 5, "forward+backward": 8, "step": 9}[row["pass"]]
@@ -154,6 +158,7 @@ def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatc
         "loop": ("failed", "RuntimeError: no luck"),
         "reference": ("ok", None),
         "fla": ("unavailable", "runs on a GPU only"),
+        "rwkv-cuda": ("unavailable", "runs on a GPU only"),
     }
     printed = capsys.readouterr().out
     assert "hf: not available, not installed" in printed
@@ -173,8 +178,10 @@ def test_interrupt_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypat
 
 def test_of_large_inputs_a_sample_of_channels_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = wkv_inputs.ordinary(2, 8, 5, torch.float32)
-    monkeypatch.setattr(passes, "CHECKED", 32)
+    monkeypatch.setitem(passes.CHECKED, "cpu", 32)
     assert passes.checked_channels(inputs) == slice(None, None, 3)
+    monkeypatch.setitem(passes.CHECKED, "cpu", 40)
+    assert passes.checked_channels(inputs) == slice(None, None, 3)  # an even step would leave all odd ones out
     status, rows = run(tmp_path, "--providers", "fastwkv,loop")
     assert status == 0
     assert {row["status"] for row in rows.values()} == {"ok"}
@@ -195,6 +202,9 @@ BAD = {
     "was measured on 'another chip'; choose another folder with --out": ["--device", "cpu", "--out", "taken"],
     "is not a result of this program": ["--device", "cpu", "--out", "foreign"],
     "unrecognized arguments: --fast": ["--fast"],
+    "packed documents are a batch of one, got '2x8x5p'": ["--shapes", "2x8x5p"],
+    "argument --minutes: expected a whole number of at least 1": ["--minutes", "0"],
+    "there is no wkv_op.cpp in 'taken'": ["--rwkv-cuda", "taken"],
 }
 
 
@@ -230,10 +240,10 @@ def test_tasks_take_turns_and_first_runs_do_not_count() -> None:
 
 
 def test_what_takes_very_long_is_measured_once() -> None:
-    task = timing.Task(lambda _: pytest.fail("ran again"), torch.device("cpu"), first=timing.ONCE + 1)
+    task = timing.Task(lambda _: pytest.fail("ran again"), torch.device("cpu"), first=timing.FULL.once + 1)
     timing.measure([task], timing.FULL, lambda: None)
     assert task.figures()["repeats"] == 1
-    assert task.figures()["ms"] == pytest.approx(1e3 * (timing.ONCE + 1))
+    assert task.figures()["ms"] == pytest.approx(1e3 * (timing.FULL.once + 1))
 
 
 def test_work_of_other_processes_shows() -> None:
@@ -249,10 +259,21 @@ def test_work_of_other_processes_shows() -> None:
 
 
 def test_complains_when_other_processes_are_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(ops.ops_timing.OtherWork, "cores", lambda self: 1.5)
+    monkeypatch.setattr(timing.OtherWork, "cores", lambda self: 1.5)
     _, rows = run(tmp_path, "--passes", "forward", "--providers", "fastwkv")
     assert rows["forward", "fastwkv"]["other_cores"] == 1.5
     assert "other processes kept up to 1.5 cores busy" in capsys.readouterr().err
+
+
+def test_task_that_fails_leaves_the_others() -> None:
+    def fail(_: None) -> None:
+        raise RuntimeError("no luck")
+
+    tasks = [timing.Task(call, torch.device("cpu"), first=1e-3) for call in (fail, lambda _: None)]
+    finished: list[None] = []
+    timing.measure(tasks, timing.Effort(repeats=2, seconds=0.0, turn=0.0), lambda: finished.append(None))
+    assert [str(task.failure) for task in tasks] == ["no luck", "None"]
+    assert len(tasks[1].seconds) == len(finished) == 2
 
 
 def test_time_of_preparation_is_not_counted() -> None:
@@ -264,6 +285,7 @@ def test_time_of_preparation_is_not_counted() -> None:
 def test_table_says_whether_the_target_was_reached(ms: float, verdict: str) -> None:
     row = {"op": "wkv", "pass": "forward", "dtype": "float32", "B": 1, "T": 1024, "C": 768, "status": "ok"}
     row |= {"ms_min": 1.0, "quantiles": {"0.1": 1.0, "0.9": 1.0}, "gbps": 1.0, "error": 1e-7, "repeats": 3}
+    row |= {"ms_host": None, "fraction": 0.5}
     rows = [{**row, "provider": "fastwkv", "ms": 1.0}, {**row, "provider": "hf", "ms": ms}]
     title, _, head, _, ours, peer = table.tables(rows, "cpu").splitlines()
     assert title == "wkv"

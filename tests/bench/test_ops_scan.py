@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.ops_timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
-    monkeypatch.setattr(ops.ops_timing, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(ops, "draw_all", lambda record, folder: [])
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -94,6 +95,7 @@ def test_operators_leave_out_dtypes_and_providers_that_they_have_not(tmp_path: P
 def test_target_holds_in_complex64_for_a_multiplier_of_every_token(ms: float, verdict: str) -> None:
     row = {"op": "linear_scan", "pass": "forward", "dtype": "complex64", "B": 4, "T": 4096, "C": 256, "status": "ok"}
     row |= {"ms_min": 1.0, "quantiles": {"0.1": 1.0, "0.9": 1.0}, "gbps": 1.0, "error": 1e-7, "repeats": 3}
+    row |= {"ms_host": None, "fraction": 0.5}
     rows = [{**row, "provider": "fastwkv", "ms": 1.0}, {**row, "provider": "loop", "ms": ms}]
     assert verdict in table.tables(rows, "cpu")
     for other in ({"op": "linear_scan_fixed"}, {"dtype": "float32"}):
@@ -141,7 +143,7 @@ def test_accelerated_scan_gets_its_layout(name: str, dtype: torch.dtype, monkeyp
 
 @pytest.mark.parametrize("name", ["fla-recurrent", "fla-chunk"])
 def test_fla_gets_the_logarithm_of_gates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hgrn(x: Tensor, g: Tensor, initial_state: Tensor | None = None, output_final_state: bool = False):
+    def hgrn(x: Tensor, g: Tensor, initial_state: Tensor | None = None, output_final_state: bool = False, **_):
         h = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
         outputs = []
         for g_t, x_t in zip(g.unbind(1), x.unbind(1), strict=True):
