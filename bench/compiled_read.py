@@ -97,10 +97,15 @@ def _read_hip(code: str) -> Code:
 
 
 def _main_loop(lines: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -> list[Instruction]:
-    """Return the loop with the most special functions, of those the longest; all of a kernel that has no loop."""
+    """Return the loop with the most special functions; all of a kernel that has no loop.
+
+    Of several with as many the shortest, which knows of no masks; of those without any the longest, which has the work.
+    """
 
     def weight(loop: tuple[int, int]) -> tuple[int, int]:
-        return sum(bool(SPECIAL.search(one.text)) for one in lines[loop[0] : loop[1] + 1]), loop[1] - loop[0]
+        special = sum(bool(SPECIAL.search(one.text)) for one in lines[loop[0] : loop[1] + 1])
+        length = loop[1] - loop[0]
+        return special, -length if special else length
 
     first, last = max(loops, key=weight, default=(0, len(lines) - 1))
     return list(lines[first : last + 1])

@@ -15,11 +15,14 @@ from triton.compiler import ASTSource
 
 from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_step
 from fastwkv.kernels.config import (
-    BACKWARD_ROWS,
-    CHECKPOINT_ROWS,
+    BACKWARD_REGISTERS,
+    CARRY_GROUP,
+    FORWARD_REGISTERS,
     FP_FUSION,
     SCAN_BACKWARD_ROWS,
     SCAN_ROWS,
+    STAGES,
+    checkpoint_rows,
     scan_launch,
     wkv_launch,
 )
@@ -92,20 +95,18 @@ def scan_variants(name: str, kernel: Any, rows: int, states: set[str], outputs: 
     ]
 
 
+TILE = checkpoint_rows(4)  # of WKV, less in float64
+REGISTERS = {wkv._wkv_fwd_kernel: FORWARD_REGISTERS, wkv_bwd._wkv_bwd_kernel: BACKWARD_REGISTERS}
 VARIANTS = [
-    variant("wkv forward", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}),
-    variant("wkv forward, odd C", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr"}, C=770),
-    variant(
-        "wkv forward, packed", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770
-    ),
-    variant("wkv forward, summary", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set(), {"y_ptr"}),
+    variant("wkv forward", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}),
+    variant("wkv forward, odd C", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
+    variant("wkv forward, packed", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("wkv forward, summary", wkv._wkv_fwd_kernel, TILE, set(), {"y_ptr"}),
     variant("wkv forward, carry", wkv._wkv_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}),
-    variant("wkv backward", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}),
-    variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, C=770),
-    variant(
-        "wkv backward, packed", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770
-    ),
-    variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, BACKWARD_ROWS, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
+    variant("wkv backward", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}),
+    variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
+    variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
     variant("wkv backward, carry", wkv_bwd._wkv_bwd_carry_kernel, 1, {"carry_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
     *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
@@ -122,7 +123,7 @@ VARIANTS = [
 
 
 # Of gpu_model.py, which also asks for a forward pass that keeps nothing.
-MODELLED = [*VARIANTS, variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, CHECKPOINT_ROWS, set())]
+MODELLED = [*VARIANTS, variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, TILE, set())]
 
 
 def compile_variant(job: tuple[int, str, str]) -> Figures:
@@ -136,12 +137,17 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     element = COMPLEX.get(dtype, dtype)
     acc = "fp64" if element == "float64" else "fp32"
     size = {"float64": 8, "float32": 4}.get(element, 2) * (2 if dtype in COMPLEX else 1)
-    launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, 8 if acc == "fp64" else 4)
-    rows = SCAN_ROWS // 2 if variant.rows == SCAN_ROWS and dtype in COMPLEX else variant.rows
+    launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
+    rows = variant.rows
+    if variant.scan and rows == SCAN_ROWS and dtype in COMPLEX:
+        rows //= 2
+    if not variant.scan and rows == TILE and acc == "fp64":
+        rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)
     constants = {
         "ROWS": rows,
-        "KEPT": CHECKPOINT_ROWS,
+        "STAGES": STAGES,
+        "GROUP": CARRY_GROUP,
         "BLOCK_C": block,
         "BLOCK": block,
         "PARTS": 2 if dtype in COMPLEX else 1,
@@ -150,11 +156,10 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
         **variant.constants,
     }
     warps = 4 if variant.kernel in BLOCKS else launch.num_warps
-    compiled = triton.compile(
-        _source(variant, constants, dtype, acc),
-        target=TARGETS[target],
-        options={"num_warps": warps, "enable_fp_fusion": FP_FUSION},
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": FP_FUSION}
+    if variant.kernel in REGISTERS and TARGETS[target].backend == "cuda":
+        options["maxnreg"] = REGISTERS[variant.kernel]
+    compiled = triton.compile(_source(variant, constants, dtype, acc), target=TARGETS[target], options=options)
     code = read(compiled, TARGETS[target].backend)
     shared = compiled.metadata.shared
     lanes = warps * TARGETS[target].warp_size

@@ -2,11 +2,27 @@
 
 from dataclasses import dataclass
 
-CHECKPOINT_ROWS = 16
-"""WKV keeps its state before every 16th token for the backward pass: three float32, 0.75 bytes a token and channel."""
 
-BACKWARD_ROWS = 8
-"""Tokens that the backward kernel keeps in registers between recomputation and adjoint. With 16, float64 spills."""
+def checkpoint_rows(itemsize: int) -> int:
+    """Tokens from one of WKV's checkpoints to the next, a power of two; ``itemsize`` is that of the state, in bytes.
+
+    With float32 a checkpoint is 0.75 bytes a token and channel. The backward kernel keeps six numbers of each of these
+    tokens in registers: of 16 tokens in float32; of 8 in float64 they would spill.
+    """
+    return 16 if itemsize == 4 else 4
+
+
+STAGES = 3
+"""Tiles of WKV in shared memory: one that is worked on, two that are on their way. Four of these, of 16 rows of k and v
+and 32 channels, are 8 KB a warp in 16 bits, so that four warps a multiprocessor keep enough in flight."""
+
+FORWARD_REGISTERS = 128
+BACKWARD_REGISTERS = 255
+"""Registers that a lane of WKV's kernels may have. Left to itself ptxas aims at 64 and 168: one warp of the forward
+kernel then takes 64 clocks a row in place of 51, and with some versions the backward kernel spills."""
+
+CARRY_GROUP = 8
+"""Summaries of chunks that the carry of WKV asks for at once: they are scanned in order, and each would cost a latency."""
 
 SCAN_ROWS = 16
 """Tokens whose a and x the kernel of the linear scan asks for at once; half as many complex ones, whose exact sums,
@@ -36,34 +52,45 @@ class Launch:
         return {"C": C, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
-WARPS_WANTED = 8
-"""Warps of the main kernels that each multiprocessor should have. Of a bandwidth of 4.3 TB/s and a latency of about
-0.8 µs, 26 KB a multiprocessor must be in flight; a warp of the forward kernel asks for 4 KB at once (16 rows of k and
-v, 64 channels, 16 bits) and spends about as long on computing. A model's figure, not yet a measured one."""
+ROW_BYTES = 200
+"""Bytes of a row of k, of all sequences, a multiprocessor from which WKV takes each sequence as one chunk. One warp alone
+takes about 55 clocks a row, however few there are. Chunks move 5e bytes in place of 3e: at 4.3 TB/s and 1.75 GHz, 18.6
+bytes a clock and multiprocessor, 200 bytes of k are 5 * 200 / 18.6 = 54 clocks. The compiler's and a model's figures,
+not yet measured ones."""
+WARPS_WANTED = 12
+"""Warps a multiprocessor that sequences are split for. Two for each of its four schedulers use most of its issue slots
+(one alone waits for itself 4 clocks of 10), a third hides what the other two wait for in memory. As for ROW_BYTES."""
 MIN_CHUNK = 128
 """Tokens below which a chunk is not split further: its summary and carry would cost as much as its tokens."""
 
 
 def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
-    """Choose the launch shape for WKV on ``[B, T, C]``; ``itemsize`` is that of the accumulation dtype, in bytes.
+    """Choose the launch shape for WKV on ``[B, T, C]``; ``itemsize`` is that of k and v, in bytes.
 
-    A program is one warp of two channels a lane (one in float64, whose rows take twice the registers). Sequences are
-    split along time only as far as it takes to give every multiprocessor ``WARPS_WANTED`` of them.
+    A program is one warp of one channel a lane. Sequences are split along time only where batch and channels alone leave
+    the device waiting (``ROW_BYTES``), and then as far as it takes to give every multiprocessor ``WARPS_WANTED`` warps.
     """
-    return _launch(B, T, C, 256 // itemsize, multiprocessors, CHECKPOINT_ROWS)
+    rows = checkpoint_rows(4)
+    if B * C * itemsize >= ROW_BYTES * multiprocessors:
+        return Launch(32, 1, -(-T // rows) * rows)
+    return _launch(B, T, C, 32, WARPS_WANTED * multiprocessors, rows)
+
+
+SCAN_WARPS_WANTED = 8
+"""The same for the scan. Of a bandwidth of 4.3 TB/s and a latency of about 0.8 µs, 26 KB a multiprocessor must be in
+flight; a warp of the forward kernel asks for 8 KB at once. A model's figure, not yet a measured one."""
 
 
 def scan_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
     """Choose the launch shape for the linear scan on ``[B, T, C]``; ``itemsize`` is that of x, in bytes.
 
-    A program is one warp that reads 8 bytes a lane and row, one number of 16 bytes. A row of a and x is as many bytes
-    as one of k and v for WKV: sequences are split as they are there.
+    A program is one warp that reads 8 bytes a lane and row, one number of 16 bytes. Sequences are split as far as it
+    takes to give every multiprocessor ``SCAN_WARPS_WANTED`` of them.
     """
-    return _launch(B, T, C, 32 * max(1, 8 // itemsize), multiprocessors, SCAN_ROWS)
+    return _launch(B, T, C, 32 * max(1, 8 // itemsize), SCAN_WARPS_WANTED * multiprocessors, SCAN_ROWS)
 
 
-def _launch(B: int, T: int, C: int, block_c: int, multiprocessors: int, rows: int) -> Launch:
+def _launch(B: int, T: int, C: int, block_c: int, warps: int, rows: int) -> Launch:
     programs = B * -(-C // block_c)
-    wanted = -(-WARPS_WANTED * multiprocessors // programs)
-    chunks = max(1, min(wanted, T // MIN_CHUNK))
+    chunks = max(1, min(-(-warps // programs), T // MIN_CHUNK))
     return Launch(block_c, 1, -(-T // (chunks * rows)) * rows)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch, scan_launch, wkv_launch
+from fastwkv.kernels.config import Launch, checkpoint_rows, scan_launch, wkv_launch
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -17,19 +17,25 @@ def scan_dtypes(a: torch.dtype, x: torch.dtype) -> tuple[torch.dtype, torch.dtyp
     return h, torch.promote_types(h, torch.float32)
 
 
-def checkpoint_shape(B: int, T: int, C: int) -> tuple[int, int, int]:
-    """Shape of WKV's checkpoints: num, den, max before every CHECKPOINT_ROWS-th token, one below the other.
+def checkpoint_shape(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Shape of WKV's checkpoints: num, den, max before every ``checkpoint_rows``-th token, one below the other.
 
     Three axes and not ``[B, blocks, 3, C]``: blocks may be 1 and 3 blocks may not, and where T is symbolic PyTorch
     would make two cases of that.
     """
-    return B, 3 * ((T + CHECKPOINT_ROWS - 1) // CHECKPOINT_ROWS), C
+    rows = checkpoint_rows(dtype.itemsize)
+    return B, 3 * ((T + rows - 1) // rows), C
 
 
-def launch_for(k: Tensor, acc: torch.dtype) -> Launch:
+def launch_for(k: Tensor) -> Launch:
     """Choose the launch shape for WKV on the device of k."""
     B, T, C = k.shape
-    return wkv_launch(B, T, C, _multiprocessors(k), acc.itemsize)
+    return wkv_launch(B, T, C, _multiprocessors(k), k.dtype.itemsize)
+
+
+def registers(most: int) -> dict[str, int]:
+    """Return the option of a launch that bounds the registers of a lane. AMD's compiler knows none."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def scan_launch_for(x: Tensor) -> Launch:

@@ -22,7 +22,7 @@ adjoints gm and gl of (m, ℓ) run backwards:
     gk_t = α_t + β_t + gl r_t                    gw += β_t - gl (1-r_t)
     gl <- gl (1-r_t) - α_t - β_t                 gm <- gm (1-r_t) + gy_t (1-s_t)
 
-1-s and 1-r are e1 den over the sum, not subtractions. s, r, m are recomputed from a state kept every CHECKPOINT_ROWS
+1-s and 1-r are e1 den over the sum, not subtractions. s, r, m are recomputed from a state kept every few
 tokens; nothing else is stored. An empty state counts as den = 1 in 1-s and 1-r, and so does ops/wkv.py when it divides
 by den: that gives the true gradient of num and den at den = 0.
 
@@ -37,44 +37,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import before
-from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch
-from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges
-from fastwkv.kernels.wkv_state import NO_PAST, absorb, enter, load_rate, load_state, ratio, store_aged, weigh
+from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
+from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, STAGES, Launch, checkpoint_rows
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges, registers
+from fastwkv.kernels.wkv_state import (
+    absorb,
+    at_least_tiny,
+    empty_state,
+    enter,
+    load_rate,
+    load_state,
+    run_end,
+    store_aged,
+    weigh,
+)
 
 
 @triton.jit
-def fwd_block(
-    offset, w, u, k_ptr, v_ptr, initial_ptr, edge_ptr, y_ptr, checkpoint_ptr, final_ptr, num, den, anchor, age,
-    t, end, c, in_c, field, C: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+def _fwd_rows(
+    ks, vs, w, u, num, den, anchor, age, first, last,
+    OUTPUT: tl.constexpr, SURE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns the state after them."""
-    if checkpoint_ptr is not None:
-        store_aged(checkpoint_ptr, C, num, den, anchor, age, w, in_c)
-    ks = ()
-    vs = ()
-    for i in tl.static_range(ROWS):  # every load is issued before the first is waited for
-        in_row = before(t + i, end, c, C) if MASKED else in_c
-        ks = ks + (tl.load(k_ptr + offset + i * C, mask=in_row, other=0.0).to(num.dtype),)
-        vs = vs + (tl.load(v_ptr + offset + i * C, mask=in_row, other=0.0).to(num.dtype),)
+    """Run the tokens of a tile: y of each, and the state after them.
+
+    With MASKED tokens before ``first`` and from ``last`` on are absent and do not take time: k = -inf, v = 0.
+    """
+    ys = ()
     for i in tl.static_range(ROWS):
-        if (not MASKED) or (end > t + i):
-            if edge_ptr is not None:
-                edge = tl.load(edge_ptr + t + i)
-                num, den, anchor, age = enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age)
-            k = ks[i]
-            v = vs[i]
-            d = tl.fma(-age, w, anchor - k)
-            if y_ptr is not None:
-                past, now = weigh(d - u)
-                y = ratio(tl.fma(past, num, now * v), tl.fma(past, den, now))
-                tl.store(y_ptr + offset + i * C, y, mask=in_c)
-            num, den, anchor, age = absorb(num, den, anchor, age, d, w, v, 1.0, k, 1.0)
-            if (edge_ptr is not None) and (y_ptr is not None):
-                if (edge & 2) != 0:
-                    n = (edge >> 2).to(tl.int64)
-                    store_aged(final_ptr + n * C + c, field, num, den, anchor, age, w, in_c)
-    return num, den, anchor, age
+        k = ks[i].to(num.dtype)
+        v = vs[i].to(num.dtype)
+        step = 1.0
+        if MASKED:
+            step = tl.where((first <= i) & (last > i), 1.0, 0.0)
+        d = tl.fma(-age, w, anchor - k)
+        if OUTPUT:
+            past, now = weigh(d - u)
+            total = at_least_tiny(tl.fma(past, den, now), SURE)
+            ys = ys + (quotient(tl.fma(past, num, now * v), total),)
+        num, den, anchor, age = absorb(num, den, anchor, age, d, w, v, 1.0, k, step)
+    return ys, num, den, anchor, age
 
 
 @triton.jit(do_not_specialize=["N", "T", "chunk"])
@@ -94,6 +95,7 @@ def _wkv_fwd_kernel(
     chunk,  # tokens a program, a multiple of ROWS
     C: tl.constexpr,  # so that the rows of a block are reached by constant offsets
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = final_ptr.dtype.element_ty
@@ -102,6 +104,8 @@ def _wkv_fwd_kernel(
     b = row // chunks
     begin = (row % chunks).to(tl.int32) * chunk
     end = tl.minimum(begin + chunk, T)
+    if y_ptr is None:  # nothing comes after the last chunk
+        end = tl.where(end == T, begin, end)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
     field = N.to(tl.int64) * C
@@ -109,10 +113,8 @@ def _wkv_fwd_kernel(
 
     w = load_rate(w_ptr, c, in_c, ACC)
     u = tl.load(u_ptr + c, mask=in_c, other=0.0).to(ACC)
-    num = tl.zeros([BLOCK_C], ACC)
-    den = tl.zeros([BLOCK_C], ACC)
-    anchor = tl.full([BLOCK_C], NO_PAST, ACC)
-    age = tl.zeros([BLOCK_C], ACC)
+    SURE: tl.constexpr = initial_ptr is None
+    num, den, anchor, age = empty_state(w)
     if carry_ptr is not None:
         num, den, anchor = load_state(carry_ptr + row * C + c, carry_field, in_c)
     elif (initial_ptr is not None) and (edge_ptr is None) and (y_ptr is not None):
@@ -120,21 +122,50 @@ def _wkv_fwd_kernel(
 
     if checkpoint_ptr is not None:
         checkpoint_ptr += (b * tl.cdiv(T, ROWS) + begin // ROWS) * 3 * C + c
-    offset = (b * T + begin) * C + c
-    full = begin + (end - begin) // ROWS * ROWS
-    for t in range(begin, full, ROWS):
-        num, den, anchor, age = fwd_block(
-            offset, w, u, k_ptr, v_ptr, initial_ptr, edge_ptr, y_ptr, checkpoint_ptr, final_ptr,
-            num, den, anchor, age, t, end, c, in_c, field, C, ROWS, False,
-        )  # fmt: skip
-        offset += ROWS * C
+    rows = tl.arange(0, ROWS)
+    tile = rows[:, None] * C + c[None, :]
+    origin = (b * T + begin) * C
+    start = origin
+    full = begin + (end - begin) // ROWS * ROWS if edge_ptr is None else begin
+    for _ in tl.range(begin, full, ROWS, num_stages=STAGES):
+        ks = rows_of(tl.load(k_ptr + start + tile, mask=in_c[None, :]), ROWS)
+        vs = rows_of(tl.load(v_ptr + start + tile, mask=in_c[None, :]), ROWS)
         if checkpoint_ptr is not None:
-            checkpoint_ptr += 3 * C
-    if full < end:
-        num, den, anchor, age = fwd_block(
-            offset, w, u, k_ptr, v_ptr, initial_ptr, edge_ptr, y_ptr, checkpoint_ptr, final_ptr,
-            num, den, anchor, age, full, end, c, in_c, field, C, ROWS, True,
-        )  # fmt: skip
+            store_aged(checkpoint_ptr + (start - origin) // ROWS * 3, C, num, den, anchor, age, w, in_c)
+        ys, num, den, anchor, age = _fwd_rows(
+            ks, vs, w, u, num, den, anchor, age, 0, ROWS, y_ptr is not None, SURE, False, ROWS
+        )
+        if y_ptr is not None:
+            tl.store(y_ptr + start + tile, tile_of(ys, y_ptr, ROWS), mask=in_c[None, :])
+        start += ROWS * C
+    at = full
+    while at < end:  # the last tokens; if packed all, a run of one sequence at a time
+        block = (at - begin) // ROWS
+        t = begin + block * ROWS
+        start = origin + block.to(tl.int64) * (ROWS * C)
+        first = at - t
+        last = tl.minimum(end - t, ROWS)
+        if checkpoint_ptr is not None:
+            if first == 0:
+                store_aged(checkpoint_ptr + block.to(tl.int64) * (3 * C), C, num, den, anchor, age, w, in_c)
+        if edge_ptr is not None:
+            last = run_end(edge_ptr + t, rows, first, last)
+            edge = tl.load(edge_ptr + at)
+            num, den, anchor, age = enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age)
+        run = ((rows >= first) & (rows < last))[:, None] & in_c[None, :]
+        ks = rows_of(tl.load(k_ptr + start + tile, mask=run, other=-float("inf")), ROWS)
+        vs = rows_of(tl.load(v_ptr + start + tile, mask=run, other=0.0), ROWS)
+        ys, num, den, anchor, age = _fwd_rows(
+            ks, vs, w, u, num, den, anchor, age, first, last, y_ptr is not None, SURE, True, ROWS
+        )
+        if y_ptr is not None:
+            tl.store(y_ptr + start + tile, tile_of(ys, y_ptr, ROWS), mask=run)
+            if edge_ptr is not None:
+                edge = tl.load(edge_ptr + t + last - 1)
+                if (edge & 2) != 0:
+                    final_at = final_ptr + (edge >> 2).to(tl.int64) * C + c
+                    store_aged(final_at, field, num, den, anchor, age, w, in_c)
+        at = t + last
     if y_ptr is None:
         store_aged(final_ptr + row * C + c, carry_field, num, den, anchor, age, w, in_c)
     elif edge_ptr is None:
@@ -153,6 +184,7 @@ def _wkv_carry_kernel(
     T,
     chunk,
     C: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = carry_ptr.dtype.element_ty
@@ -163,32 +195,29 @@ def _wkv_carry_kernel(
     field = tl.num_programs(0).to(tl.int64) * chunks * C
 
     w = load_rate(w_ptr, c, in_c, ACC)
-    num = tl.zeros([BLOCK_C], ACC)
-    den = tl.zeros([BLOCK_C], ACC)
-    anchor = tl.full([BLOCK_C], NO_PAST, ACC)
-    age = tl.zeros([BLOCK_C], ACC)
+    num, den, anchor, age = empty_state(w)
     if (initial_ptr is not None) and (edge_ptr is None):
         num, den, anchor = load_state(initial_ptr + b * C + c, N.to(tl.int64) * C, in_c)
-    for i in range(chunks):
-        offset = (b * chunks + i) * C + c
-        store_aged(carry_ptr + offset, field, num, den, anchor, age, w, in_c)
-        num_new, den_new, p_new = load_state(summary_ptr + offset, field, in_c)
-        d = tl.fma(-age, w, anchor - p_new)
-        num_all, den_all, anchor_all, age_all = absorb(
-            num, den, anchor, age, d, w, num_new, den_new, p_new, chunk.to(ACC)
-        )
-        if edge_ptr is not None:  # a chunk in which a sequence starts carries nothing over
-            first = tl.load(edge_ptr + i * chunk)
-            last = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-            starts = ((first & 1) != 0) | ((first >> 2) != (last >> 2))
-            num_all = tl.where(starts, num_new, num_all)
-            den_all = tl.where(starts, den_new, den_all)
-            anchor_all = tl.where(starts, p_new, anchor_all)
-            age_all = tl.where(starts, 0.0, age_all)
-        num = num_all
-        den = den_all
-        anchor = anchor_all
-        age = age_all
+    for first in range(0, chunks, GROUP):
+        summaries = ()
+        for j in tl.static_range(GROUP):  # all are asked for before the first is waited for
+            at = summary_ptr + (b * chunks + first + j) * C + c
+            summaries = summaries + (load_state(at, field, in_c & (tl.zeros_like(c) + first + j < chunks)),)
+        for j in tl.static_range(GROUP):
+            i = first + j
+            inside = in_c & (tl.zeros_like(c) + i < chunks)
+            store_aged(carry_ptr + (b * chunks + i) * C + c, field, num, den, anchor, age, w, inside)
+            num_new, den_new, p_new = summaries[j]
+            d = tl.fma(-age, w, anchor - p_new)
+            num, den, anchor, age = absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, chunk.to(ACC))
+            if edge_ptr is not None:  # a chunk in which a sequence starts carries nothing over
+                head = tl.load(edge_ptr + tl.minimum(i * chunk, T - 1))
+                tail = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
+                starts = ((head & 1) != 0) | ((head >> 2) != (tail >> 2))
+                num = tl.where(starts, num_new, num)
+                den = tl.where(starts, den_new, den)
+                anchor = tl.where(starts, p_new, anchor)
+                age = tl.where(starts, 0.0, age)
 
 
 def wkv_fwd(
@@ -204,16 +233,17 @@ def wkv_fwd(
     """Run the forward pass: y ``[B, T, C]``, final state ``[3, N, C]`` and, with ``save``, the checkpoints."""
     B, T, C = k.shape
     acc = accumulation_dtype(w, u, k, v)
-    launch = launch or launch_for(k, acc)
+    launch = launch or launch_for(k)
     chunks = triton.cdiv(T, launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty_like(v)
     final = k.new_empty(3, N, C, dtype=acc)
-    checkpoints = k.new_empty(checkpoint_shape(B, T, C) if save else 0, dtype=acc)
+    checkpoints = k.new_empty(checkpoint_shape(B, T, C, acc) if save else 0, dtype=acc)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T)
     w, u = w.contiguous(), u.contiguous()
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)
+    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": STAGES, **registers(FORWARD_REGISTERS)}
 
     with torch.cuda.device_of(k):
         carry = None
@@ -221,11 +251,13 @@ def wkv_fwd(
             summary, carry = k.new_empty(2, 3, B * chunks, C, dtype=acc)
             _wkv_fwd_kernel[grid](
                 w, u, k, v, initial, None, edges, None, None, summary, N, T, launch.chunk,
-                ROWS=CHECKPOINT_ROWS, **options,
+                **tiles, **options,
             )  # fmt: skip
-            _wkv_carry_kernel[B, grid[1]](w, initial, summary, edges, carry, N, T, launch.chunk, **options)
+            _wkv_carry_kernel[B, grid[1]](
+                w, initial, summary, edges, carry, N, T, launch.chunk, GROUP=CARRY_GROUP, **options
+            )
         _wkv_fwd_kernel[grid](
             w, u, k, v, initial, carry, edges, y, checkpoints if save else None, final, N, T, launch.chunk,
-            ROWS=CHECKPOINT_ROWS, **options,
+            **tiles, **options,
         )  # fmt: skip
     return y, final, checkpoints

@@ -5,16 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import before
-from fastwkv.kernels.config import BACKWARD_ROWS, CHECKPOINT_ROWS, Launch
-from fastwkv.kernels.launch import launch_for, packed_edges
-from fastwkv.kernels.wkv import fwd_block
-from fastwkv.kernels.wkv_state import absorb, enter, load_rate, load_state, tiny, weigh
+from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
+from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, STAGES, Launch, checkpoint_rows
+from fastwkv.kernels.launch import launch_for, packed_edges, registers
+from fastwkv.kernels.wkv_state import (
+    absorb,
+    at_least_tiny,
+    enter,
+    leave,
+    load_rate,
+    load_state,
+    run_begin,
+    tiny,
+    weigh,
+)
 
 
 @triton.jit
 def _or_one(den):
-    return tl.where(den < tiny(den), 1.0, den)
+    return tl.where(den <= tiny(den), 1.0, den)
 
 
 @triton.jit
@@ -25,108 +34,87 @@ def _quotient(a, b, inverse):
 
 
 @triton.jit
-def _recompute(
-    offset, w, u, k_ptr, v_ptr, gy_ptr, initial_ptr, edge_ptr, num, den, anchor, age,
-    t, end, c, in_c, field, C: tl.constexpr, ROWS: tl.constexpr,
+def _bwd_rows(
+    ks, vs, gys, w, u, num, den, anchor, age, gm, gl, a, b, gw, gu, first, last,
+    GRADIENTS: tl.constexpr, SURE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute what the adjoint needs of ROWS tokens from t on. Tokens from ``end`` on count as absent."""
-    ks = ()
-    vs = ()
-    gys = ()
-    for i in tl.static_range(ROWS):
-        in_row = before(t + i, end, c, C)
-        ks = ks + (tl.load(k_ptr + offset + i * C, mask=in_row, other=-float("inf")).to(w.dtype),)
-        vs = vs + (tl.load(v_ptr + offset + i * C, mask=in_row, other=0.0).to(w.dtype),)
-        gys = gys + (tl.load(gy_ptr + offset + i * C, mask=in_row, other=0.0).to(w.dtype),)
+    """Go through the tokens of a tile once more, then back: gk and gv of each, and the adjoints before them.
 
-    mean = num / _or_one(den)
+    The state is that before the tile. With MASKED tokens before ``first`` and from ``last`` on are absent and do not
+    take time: k = -inf, v = 0, gy = 0.
+    """
+    weight = den if SURE else _or_one(den)
+    mean = num / weight
     alphas = ()
     gys_now = ()  # gy s
     gys_past = ()  # gy (1-s)
     rs = ()
     decays = ()  # 1-r
     slopes = ()  # r (1-r) δ
-    not_empty = ()
+    seen = tl.zeros_like(den).to(tl.int32)  # bit i: the past of token i has weight
     for i in tl.static_range(ROWS):
-        if edge_ptr is not None:
-            edge = tl.load(edge_ptr + t + i, mask=end > t + i, other=0)
-            num, den, anchor, age = enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age)
-            if (edge & 1) != 0:
-                mean = num / _or_one(den)
-        # Without an initial state nothing is asked of an empty past, and den = 0 does no harm.
-        den_past = den if initial_ptr is None else _or_one(den)
-        not_empty = not_empty + (den >= tiny(den),)
-        delta = vs[i] - mean
-        d = tl.fma(-age, w, anchor - ks[i])
+        k = ks[i].to(w.dtype)
+        v = vs[i].to(w.dtype)
+        gy = gys[i].to(w.dtype)
+        step = 1.0
+        if MASKED:
+            step = tl.where((first <= i) & (last > i), 1.0, 0.0)
+        if not SURE:
+            seen |= (den > tiny(den)).to(tl.int32) << i
+        delta = v - mean
+        d = tl.fma(-age, w, anchor - k)
 
         past, now = weigh(d - u)
         total = tl.fma(past, den, now)
-        inverse = tl.where(total < tiny(total), 0.0, 1.0 / total)
-        s = now * inverse
-        gy_past = gys[i] * (past * den_past * inverse)
+        if not SURE:  # without any weight y is 0, whatever the state
+            gy = tl.where(total < tiny(total), 0.0, gy)
+            total = at_least_tiny(total, False)
+        s = quotient(now, total)
+        gy_past = gy * quotient(past * weight, total)
         alphas = alphas + (gy_past * s * delta,)
-        gys_now = gys_now + (gys[i] * s,)
+        gys_now = gys_now + (gy * s,)
         gys_past = gys_past + (gy_past,)
 
-        past, now = weigh(d - w)
-        num, den, anchor, age = absorb(num, den, anchor, age, d, w, vs[i], 1.0, ks[i], 1.0)
-        inverse = 1.0 / _or_one(den)
+        past, now = weigh(d - step * w)
+        past *= weight
+        num, den, anchor, age = absorb(num, den, anchor, age, d, w, v, 1.0, k, step)
+        weight = den if SURE else _or_one(den)
+        inverse = quotient(1.0, weight)
         r = now * inverse
-        decay = _quotient(past * den_past, _or_one(den), inverse)
+        decay = _quotient(past, weight, inverse)
         mean = num * inverse
         rs = rs + (r,)
         decays = decays + (decay,)
         slopes = slopes + (r * decay * delta,)
-    return alphas, gys_now, gys_past, rs, decays, slopes, not_empty
 
-
-@triton.jit
-def _reverse(
-    offset, alphas, gys_now, gys_past, rs, decays, slopes, not_empty,
-    initial_ptr, edge_ptr, gfinal_ptr, gk_ptr, gv_ptr, ginitial_ptr,
-    gm, gl, a, b, gw, gu, t, end, c, in_c, field, C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Run the adjoint over the recomputed tokens, the last first."""
-    gw_block = tl.zeros_like(gw)  # a sum of sums: a running sum of single terms would lose digits over a long T
-    gu_block = tl.zeros_like(gu)
+    gks = ()
+    gvs = ()
+    gw_rows = tl.zeros_like(gw)  # a sum of sums: a running sum of single terms would lose digits over a long T
+    gu_rows = tl.zeros_like(gu)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        in_row = before(t + i, end, c, C)
-        if edge_ptr is not None:
-            edge = tl.load(edge_ptr + t + i, mask=end > t + i, other=0)
-            n = (edge >> 2).to(tl.int64)
-            if (edge & 2) != 0:
-                gm = tl.zeros_like(gm)
-                gl = tl.zeros_like(gl)
-                a = tl.zeros_like(a)
-                b = tl.zeros_like(b)
-                if gfinal_ptr is not None:
-                    gm = tl.load(gfinal_ptr + n * C + c, mask=in_c, other=0.0)
-                    gl = tl.load(gfinal_ptr + field + n * C + c, mask=in_c, other=0.0)
-        decay = tl.where(in_row, decays[i], 1.0)
         both = tl.fma(gm, slopes[i], alphas[i])  # α + β
-        gl_past = gl * decay
-        if gk_ptr is not None:
-            gk_past = both
-            gw_term = tl.where(in_row, tl.fma(gm, slopes[i], -gl_past), 0.0)
+        gl_past = gl * decays[i]
+        if GRADIENTS:
+            gk = both
+            gw_term = tl.fma(gm, slopes[i], -gl_past)
             gu_term = alphas[i]
-            if initial_ptr is not None:  # that an empty state counts as den = 1 is for num and den alone
-                gk_past = tl.where(not_empty[i], gk_past, 0.0)
-                gw_term = tl.where(not_empty[i], gw_term, 0.0)
-                gu_term = tl.where(not_empty[i], gu_term, 0.0)
-            tl.store(gv_ptr + offset + i * C, tl.fma(gm, rs[i], gys_now[i]), mask=in_row)
-            tl.store(gk_ptr + offset + i * C, tl.fma(gl, rs[i], gk_past), mask=in_row)
-            gw_block += gw_term
-            gu_block += gu_term
+            if MASKED:
+                gw_term = tl.where((first <= i) & (last > i), gw_term, 0.0)
+            if not SURE:  # that an empty state counts as den = 1 is for num and den alone
+                weighs = (seen & (1 << i)) != 0
+                gk = tl.where(weighs, gk, 0.0)
+                gw_term = tl.where(weighs, gw_term, 0.0)
+                gu_term = tl.where(weighs, gu_term, 0.0)
+            gvs = (tl.fma(gm, rs[i], gys_now[i]),) + gvs
+            gks = (tl.fma(gl, rs[i], gk),) + gks
+            gw_rows += gw_term
+            gu_rows += gu_term
         else:
-            b = tl.fma(-slopes[i], a, decay * b)
-            a = decay * a
+            b = tl.fma(-slopes[i], a, decays[i] * b)
+            a = decays[i] * a
         gl = gl_past - both
-        gm = tl.fma(gm, decay, gys_past[i])
-        if (edge_ptr is not None) and (ginitial_ptr is not None):
-            if (edge & 1) != 0:
-                tl.store(ginitial_ptr + n * C + c, gm, mask=in_c)
-                tl.store(ginitial_ptr + field + n * C + c, gl, mask=in_c)
-    return gm, gl, a, b, gw + gw_block, gu + gu_block
+        gm = tl.fma(gm, decays[i], gys_past[i])
+    return gks, gvs, gm, gl, a, b, gw + gw_rows, gu + gu_rows
 
 
 @triton.jit(do_not_specialize=["N", "T", "chunk"])
@@ -149,8 +137,8 @@ def _wkv_bwd_kernel(
     T,
     chunk,
     C: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEPT: tl.constexpr,  # tokens a checkpoint, a multiple of ROWS
+    ROWS: tl.constexpr,  # tokens a checkpoint
+    STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = gwu_ptr.dtype.element_ty
@@ -159,6 +147,8 @@ def _wkv_bwd_kernel(
     batch = row // chunks
     begin = (row % chunks).to(tl.int32) * chunk
     end = tl.minimum(begin + chunk, T)
+    if gk_ptr is None:  # nothing comes before the first chunk
+        end = tl.where(begin == 0, begin, end)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
     field = N.to(tl.int64) * C
@@ -179,27 +169,60 @@ def _wkv_bwd_kernel(
     gw = tl.zeros([BLOCK_C], ACC)
     gu = tl.zeros([BLOCK_C], ACC)
 
-    last = (end - 1) // ROWS * ROWS
-    offset = (batch * T + last) * C + c
-    checkpoint_ptr += batch * tl.cdiv(T, KEPT) * 3 * C + c
-    for t in range(last, begin - 1, -ROWS):
-        kept = t // KEPT
-        num, den, anchor = load_state(checkpoint_ptr + kept * tl.full([], 3 * C, tl.int64), C, in_c)
-        age = tl.zeros([BLOCK_C], ACC)
-        for s in range(kept * KEPT, t, ROWS):
-            num, den, anchor, age = fwd_block(
-                offset - (t - s) * C, w, u, k_ptr, v_ptr, initial_ptr, edge_ptr, None, None, None,
-                num, den, anchor, age, s, end, c, in_c, field, C, ROWS, False,
-            )  # fmt: skip
-        tokens = _recompute(
-            offset, w, u, k_ptr, v_ptr, gy_ptr, initial_ptr, edge_ptr, num, den, anchor, age,
-            t, end, c, in_c, field, C, ROWS,
+    rows = tl.arange(0, ROWS)
+    tile = rows[:, None] * C + c[None, :]
+    whole = (end - begin) // ROWS if edge_ptr is None else 0
+    checkpoint_ptr += (batch * tl.cdiv(T, ROWS) + begin // ROWS) * 3 * C + c
+    origin = (batch * T + begin) * C
+    stop = end
+    while stop > begin + whole * ROWS:  # the last tokens; if packed all, a run of one sequence at a time
+        block = (stop - 1 - begin) // ROWS
+        t = begin + block * ROWS
+        start = origin + block.to(tl.int64) * (ROWS * C)
+        first = 0
+        last = stop - t
+        num, den, anchor = load_state(checkpoint_ptr + block.to(tl.int64) * (3 * C), C, in_c)
+        age = tl.zeros_like(den)
+        if edge_ptr is not None:
+            first = run_begin(edge_ptr + t, rows, last)
+            edge = tl.load(edge_ptr + stop - 1)
+            gm, gl, a, b = leave(edge, gfinal_ptr, C, c, in_c, field, gm, gl, a, b)
+            edge = tl.load(edge_ptr + t + first)
+            num, den, anchor, age = enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age)
+        run = ((rows >= first) & (rows < last))[:, None] & in_c[None, :]
+        ks = rows_of(tl.load(k_ptr + start + tile, mask=run, other=-float("inf")), ROWS)
+        vs = rows_of(tl.load(v_ptr + start + tile, mask=run, other=0.0), ROWS)
+        gys = rows_of(tl.load(gy_ptr + start + tile, mask=run, other=0.0), ROWS)
+        gks, gvs, gm, gl, a, b, gw, gu = _bwd_rows(
+            ks, vs, gys, w, u, num, den, anchor, age, gm, gl, a, b, gw, gu, first, last,
+            gk_ptr is not None, initial_ptr is None, True, ROWS,
         )  # fmt: skip
-        gm, gl, a, b, gw, gu = _reverse(
-            offset, *tokens, initial_ptr, edge_ptr, gfinal_ptr, gk_ptr, gv_ptr, ginitial_ptr,
-            gm, gl, a, b, gw, gu, t, end, c, in_c, field, C, ROWS,
+        if gk_ptr is not None:
+            tl.store(gk_ptr + start + tile, tile_of(gks, gk_ptr, ROWS), mask=run)
+            tl.store(gv_ptr + start + tile, tile_of(gvs, gv_ptr, ROWS), mask=run)
+        if (edge_ptr is not None) and (ginitial_ptr is not None):
+            if (edge & 1) != 0:
+                at = ginitial_ptr + (edge >> 2).to(tl.int64) * C + c
+                tl.store(at, gm, mask=in_c)
+                tl.store(at + field, gl, mask=in_c)
+        stop = t + first
+    start = origin + (ROWS * C) * tl.full([], 1, tl.int64) * whole
+    checkpoint_ptr += tl.full([], 3 * C, tl.int64) * whole
+    ceiling = start
+    for _ in tl.range(0, whole, num_stages=STAGES):
+        start = tl.minimum(start - ROWS * C, ceiling)  # hides from LLVM that it could keep 20 addresses in registers
+        checkpoint_ptr -= 3 * C
+        ks = rows_of(tl.load(k_ptr + start + tile, mask=in_c[None, :]), ROWS)
+        vs = rows_of(tl.load(v_ptr + start + tile, mask=in_c[None, :]), ROWS)
+        gys = rows_of(tl.load(gy_ptr + start + tile, mask=in_c[None, :]), ROWS)
+        num, den, anchor = load_state(checkpoint_ptr, C, in_c)
+        gks, gvs, gm, gl, a, b, gw, gu = _bwd_rows(
+            ks, vs, gys, w, u, num, den, anchor, tl.zeros_like(den), gm, gl, a, b, gw, gu, 0, ROWS,
+            gk_ptr is not None, initial_ptr is None, False, ROWS,
         )  # fmt: skip
-        offset -= ROWS * C
+        if gk_ptr is not None:
+            tl.store(gk_ptr + start + tile, tile_of(gks, gk_ptr, ROWS), mask=in_c[None, :])
+            tl.store(gv_ptr + start + tile, tile_of(gvs, gv_ptr, ROWS), mask=in_c[None, :])
 
     out_ptr = gwu_ptr + row * C + c
     if gk_ptr is None:
@@ -224,6 +247,7 @@ def _wkv_bwd_carry_kernel(
     N,
     chunks,
     C: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = carry_ptr.dtype.element_ty
@@ -238,16 +262,24 @@ def _wkv_bwd_carry_kernel(
         # In a packed batch the last chunk ends a sequence and takes nothing from here, whatever is read.
         gm = tl.load(gfinal_ptr + b * C + c, mask=in_c, other=0.0)
         gl = tl.load(gfinal_ptr + N.to(tl.int64) * C + b * C + c, mask=in_c, other=0.0)
-    for i in range(chunks - 1, -1, -1):
-        offset = (b * chunks + i) * C + c
-        tl.store(carry_ptr + offset, gm, mask=in_c)
-        tl.store(carry_ptr + field + offset, gl, mask=in_c)
-        cm = tl.load(summary_ptr + offset, mask=in_c, other=0.0)
-        cl = tl.load(summary_ptr + field + offset, mask=in_c, other=0.0)
-        past = tl.load(summary_ptr + 2 * field + offset, mask=in_c, other=0.0)
-        mixed = tl.load(summary_ptr + 3 * field + offset, mask=in_c, other=0.0)
-        gl = tl.fma(past, gl, tl.fma(mixed, gm, cl))
-        gm = tl.fma(past, gm, cm)
+    for last in range(chunks - 1, -1, -GROUP):
+        summaries = ()
+        for j in tl.static_range(GROUP):  # all are asked for before the first is waited for
+            at = summary_ptr + (b * chunks + last - j) * C + c
+            inside = in_c & (tl.zeros_like(c) + last >= j)
+            cm = tl.load(at, mask=inside, other=0.0)
+            cl = tl.load(at + field, mask=inside, other=0.0)
+            past = tl.load(at + 2 * field, mask=inside, other=0.0)
+            mixed = tl.load(at + 3 * field, mask=inside, other=0.0)
+            summaries = summaries + ((cm, cl, past, mixed),)
+        for j in tl.static_range(GROUP):
+            at = carry_ptr + (b * chunks + last - j) * C + c
+            inside = in_c & (tl.zeros_like(c) + last >= j)
+            tl.store(at, gm, mask=inside)
+            tl.store(at + field, gl, mask=inside)
+            cm, cl, past, mixed = summaries[j]
+            gl = tl.fma(past, gl, tl.fma(mixed, gm, cl))
+            gm = tl.fma(past, gm, cm)
 
 
 def wkv_bwd(
@@ -265,7 +297,7 @@ def wkv_bwd(
     """Run the backward pass: gw, gu, gk, gv and, if there is an initial state, its (gm, gl) ``[2, N, C]``."""
     B, T, C = k.shape
     acc = checkpoints.dtype
-    launch = launch or launch_for(k, acc)
+    launch = launch or launch_for(k)
     chunks = triton.cdiv(T, launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gk, gv = torch.empty_like(k), torch.empty_like(v)
@@ -275,7 +307,7 @@ def wkv_bwd(
     rates = (w.contiguous(), u.contiguous())
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)
-    rows = {"ROWS": BACKWARD_ROWS, "KEPT": CHECKPOINT_ROWS}
+    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": STAGES, **registers(BACKWARD_REGISTERS)}
     inputs = (*rates, k, v, gy, checkpoints, initial, edges, gfinal)
 
     with torch.cuda.device_of(k):
@@ -283,10 +315,10 @@ def wkv_bwd(
         if chunks > 1:
             summary = k.new_empty(4, B * chunks, C, dtype=acc)
             carry = k.new_empty(2, B * chunks, C, dtype=acc)
-            _wkv_bwd_kernel[grid](*inputs, None, None, None, summary, None, N, T, launch.chunk, **rows, **options)
-            _wkv_bwd_carry_kernel[B, grid[1]](gfinal, summary, carry, N, chunks, **options)
+            _wkv_bwd_kernel[grid](*inputs, None, None, None, summary, None, N, T, launch.chunk, **tiles, **options)
+            _wkv_bwd_carry_kernel[B, grid[1]](gfinal, summary, carry, N, chunks, GROUP=CARRY_GROUP, **options)
         _wkv_bwd_kernel[grid](
-            *inputs, carry, gk, gv, gwu, None if initial is None else ginitial, N, T, launch.chunk, **rows, **options
+            *inputs, carry, gk, gv, gwu, None if initial is None else ginitial, N, T, launch.chunk, **tiles, **options
         )
         gw, gu = (terms.sum(0) for terms in gwu)  # each in a storage of its own
     return gw.to(w.dtype), gu.to(u.dtype), gk, gv, ginitial

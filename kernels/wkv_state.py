@@ -32,9 +32,9 @@ def tiny(x):
 
 
 @triton.jit
-def ratio(num, den):
-    """Return num / den, 0 where there is no weight; a NaN in either stays one."""
-    return num / tl.where(den <= tiny(den), tiny(den), den)
+def at_least_tiny(den, SURE: tl.constexpr):
+    """Return a weight to divide by, no less than the smallest. With SURE it is known to be none; a NaN stays one."""
+    return den if SURE else tl.where(den <= tiny(den), tiny(den), den)
 
 
 @triton.jit
@@ -49,10 +49,17 @@ def absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, steps):
 
 
 @triton.jit
+def empty_state(like):
+    """Return the state before the first token. Its weight is ``tiny`` so that no sum of weights is less."""
+    zero = tl.zeros_like(like)
+    return zero, tiny(like), tl.full(like.shape, NO_PAST, like.dtype), zero
+
+
+@triton.jit
 def weightless(num, den, p):
     """Make an empty state of one whose exponent is -inf, whatever its sums."""
     gone = p == -float("inf")
-    return tl.where(gone, 0.0, num), tl.where(gone, 0.0, den), tl.where(gone, NO_PAST, p)
+    return tl.where(gone, 0.0, num), tl.where(gone, tiny(den), den), tl.where(gone, NO_PAST, p)
 
 
 @triton.jit
@@ -64,12 +71,26 @@ def load_state(ptr, field, mask):
 
 
 @triton.jit
+def run_end(edge_ptr, rows, first, last):
+    """Return where the sequence of token ``first`` ends among the tokens up to ``last``."""
+    edges = tl.load(edge_ptr + rows, mask=(rows > first) & (rows < last), other=0)
+    return tl.min(tl.where((edges & 1) != 0, rows, last), 0)
+
+
+@triton.jit
+def run_begin(edge_ptr, rows, last):
+    """Return where the sequence of the token before ``last`` begins among the tokens from 0 on."""
+    edges = tl.load(edge_ptr + rows, mask=rows < last, other=0)
+    return tl.max(tl.where((edges & 1) != 0, rows, 0), 0)
+
+
+@triton.jit
 def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
     """Write (num, den, p = anchor - decay - decay_low), with the rounding error of p folded into num and den."""
     p, error = two_sum(anchor, -decay)
     error -= decay_low
     fold = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0)  # error is NaN where p overflowed to -inf
-    gone = p <= 0.9 * NO_PAST
+    gone = (p <= 0.9 * NO_PAST) & (den == den)  # after a NaN p may be anything
     tl.store(ptr, tl.where(gone, 0.0, num * fold), mask=mask)
     tl.store(ptr + field, tl.where(gone, 0.0, den * fold), mask=mask)
     tl.store(ptr + 2 * field, tl.where(gone, -float("inf"), p), mask=mask)
@@ -88,9 +109,23 @@ def enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age):
         if initial_ptr is not None:
             n = (edge >> 2).to(tl.int64)
             num, den, anchor = load_state(initial_ptr + n * C + c, field, in_c)
+            age = tl.zeros_like(age)
         else:
-            num = tl.zeros_like(num)
-            den = tl.zeros_like(den)
-            anchor = tl.full(anchor.shape, NO_PAST, anchor.dtype)
-        age = tl.zeros_like(age)
+            num, den, anchor, age = empty_state(num)
     return num, den, anchor, age
+
+
+@triton.jit
+def leave(edge, gfinal_ptr, C, c, in_c, field, gm, gl, a, b):
+    """Replace the adjoints where a packed sequence ends, and forget what they were."""
+    if (edge & 2) != 0:
+        if gfinal_ptr is not None:
+            n = (edge >> 2).to(tl.int64)
+            gm = tl.load(gfinal_ptr + n * C + c, mask=in_c, other=0.0)
+            gl = tl.load(gfinal_ptr + field + n * C + c, mask=in_c, other=0.0)
+        else:
+            gm = tl.zeros_like(gm)
+            gl = tl.zeros_like(gl)
+        a = tl.zeros_like(a)
+        b = tl.zeros_like(b)
+    return gm, gl, a, b

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastwkv.kernels.arithmetic import two_sum
 from fastwkv.kernels.config import FP_FUSION
-from fastwkv.kernels.wkv_state import NO_PAST, load_rate, ratio, weightless
+from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
 REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27
@@ -68,7 +68,7 @@ def _wkv_step_kernel(
     gap, gap_low = two_sum(p, -k)
     d, d_low = two_sum(gap, -u)
     y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
-    tl.store(y_ptr + i, ratio(y_num, y_den), mask=inside)
+    tl.store(y_ptr + i, y_num / at_least_tiny(y_den, False), mask=inside)
 
     d, d_low = two_sum(gap, -w)
     num, den, near = _add(num, den, d, gap_low + d_low, v)

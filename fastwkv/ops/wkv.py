@@ -223,7 +223,7 @@ def _wkv_fwd_fake(
     C = k.shape[2]
     rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(w, u, k, v)
-    checkpoints = k.new_empty(checkpoint_shape(*k.shape) if save else (0,), dtype=dtype)
+    checkpoints = k.new_empty(checkpoint_shape(*k.shape, dtype) if save else (0,), dtype=dtype)
     return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
 
 

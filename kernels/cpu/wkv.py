@@ -16,7 +16,7 @@ the residue of its rounding goes into num and den.
 The empty state has num = den = 0, and the lowest finite float32 as its anchor, so that infinities are never subtracted
 from each other. k = -inf has the weight E = 0, and the rest follows.
 
-For the backward pass the state before every 16th token is kept. Work is split over sequences and channels, never over
+For the backward pass the state at every few tokens is kept. Work is split over sequences and channels, never over
 time: results do not depend on the number of threads.
 """
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS
 from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.cpu.numerics import TAGS, exp, kernel, load, prefetch, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
@@ -38,6 +37,7 @@ from fastwkv.kernels.cpu.wkv_state import (
     ratio,
     rounded,
     store_packed,
+    tokens_kept,
 )
 from fastwkv.kernels.cpu.wkv_step import wkv_step
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
@@ -54,7 +54,7 @@ def _wkv_fwd_kernel(
     y_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C] or 0
     final_ptr,  # [3, N, C]
-    checkpoint_ptr,  # [B, 3 ceil(T / 16), C] or 0
+    checkpoint_ptr,  # [B, 3 ceil(T / kept), C] or 0
     bounds,  # where the sequences of one batch row begin and end
     shape,  # T, C, N
     work,  # channels in a block, first and last unit of work
@@ -63,13 +63,14 @@ def _wkv_fwd_kernel(
 ):
     T, C, N = shape
     width, first, last = work
-    lanes, grid = VECTOR_BYTES // sums.itemsize, -(-T // CHECKPOINT_ROWS)
+    lanes, kept = VECTOR_BYTES // sums.itemsize, tokens_kept(sums.itemsize)
+    grid = -(-T // kept)
     carried = np.empty(4 * width + lanes, sums.dtype)
     state = carried.ctypes.data
     state += -state % VECTOR_BYTES
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
-        for row in range(start - start % CHECKPOINT_ROWS, stop, CHECKPOINT_ROWS):
+        for row in range(start - start % kept, stop, kept):
             for x in range(c_first, c_last, lanes):
                 # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
                 c, at = min(x, C - lanes), 4 * (x - c_first)
@@ -83,14 +84,14 @@ def _wkv_fwd_kernel(
                 elif initial_ptr != 0:
                     num, den, anchor = load_packed(initial_ptr, n * C + c, N * C, sums)
                 if checkpoint_ptr != 0 and row >= start:
-                    index = (batch * grid + row // CHECKPOINT_ROWS) * 3 * C + c
+                    index = (batch * grid + row // kept) * 3 * C + c
                     a, b, scale = rounded(num, den, anchor, age, minus_w)
                     store_packed(checkpoint_ptr, index, C, a, b, scale, sums)
-                for t in range(max(row, start), min(row + CHECKPOINT_ROWS, stop)):
+                for t in range(max(row, start), min(row + kept, stop)):
                     index = (batch * T + t) * C + c
                     k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-                    prefetch(k_ptr, index + CHECKPOINT_ROWS * C, storage)
-                    prefetch(v_ptr, index + CHECKPOINT_ROWS * C, storage)
+                    prefetch(k_ptr, index + kept * C, storage)
+                    prefetch(v_ptr, index + kept * C, storage)
                     gap = fma(age, minus_w, anchor - k)
                     d = gap - u
                     a, b = add(d >= 0.0, exp(0.0 - absolute(d)), num, den, v)
@@ -101,7 +102,7 @@ def _wkv_fwd_kernel(
                     anchor, age = select(heavier, anchor, k), select(heavier, age + 1.0, 0.0)
                 store_packed(state, at, lanes, num, den, anchor, sums)
                 store(state, at + 3 * lanes, age, sums)
-                if row + CHECKPOINT_ROWS >= stop:
+                if row + kept >= stop:
                     num, den, scale = rounded(num, den, anchor, age, minus_w)
                     scale = select(den == 0.0, -np.inf, scale)
                     store_packed(final_ptr, n * C + c, N * C, num, den, scale, sums)
@@ -123,7 +124,7 @@ def wkv_fwd(
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
     initial = None if initial is None else initial.contiguous()
     y, final = torch.empty_like(v), k.new_empty((3, N, C), dtype=dtype)
-    checkpoints = k.new_empty(checkpoint_shape(B, T, C) if save else (0,), dtype=dtype)
+    checkpoints = k.new_empty(checkpoint_shape(B, T, C, dtype) if save else (0,), dtype=dtype)
     pointers = addresses(w, u, k, v, y, initial, final, checkpoints if save else None)
     fixed = bounds, (T, C, N)
     tags = TAGS[k.dtype], TAGS[dtype]

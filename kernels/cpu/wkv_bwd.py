@@ -8,25 +8,24 @@ wkv.py), δ_t = v_t - m_{t-1}, s_t the weight of a token in its own output and r
     gl <- gl (1 - r_t) - α_t - β_t         gm <- gm (1 - r_t) + gy_t (1 - s_t)
 
 backwards over t. 1 - s and 1 - r come from the other addend of their sums, never from a subtraction. The forward pass
-has kept its state before every 16th token: from there the 16 rows are computed once more, into scratch that stays in
+has kept its state at every few tokens: from there the rows are computed once more, into scratch that stays in
 the innermost cache, and then gone through backwards.
 
 A past without weight (den = 0) has 1 - s = 1 - r = 0, and yet a gradient if its exponent is an ordinary number: a
 learnable initial state that begins as zeros. There gm and gl stand for the gradients with respect to num and den
 themselves, as though den were 1, and gk, gw, gu do not see them.
 
-gw and gu are summed over 16 rows, then over a sequence, then over sequences, always in the same order.
+gw and gu are summed over these rows, then over a sequence, then over sequences, always in the same order.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS
 from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, prefetch, splat, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
-from fastwkv.kernels.cpu.wkv_state import add, empty_state, load_packed, load_w, locate
+from fastwkv.kernels.cpu.wkv_state import add, empty_state, load_packed, load_w, locate, tokens_kept
 from fastwkv.kernels.launch import accumulation_dtype
 
 # Vectors in scratch for each row: r, 1 - r, r (1 - r) δ, α, gy s, gy (1 - s), den.
@@ -37,14 +36,14 @@ ROW_VALUES = 7
 def _recompute(k_ptr, v_ptr, gy_ptr, index, rows, C, w, u, num, den, anchor, scratch, storage, sums):
     """Fill scratch with what the reverse pass needs of some rows."""
     lanes = VECTOR_BYTES // sums.itemsize
-    minus_w, age = 0.0 - w, splat(0.0, sums)
+    minus_w, age, ahead = 0.0 - w, splat(0.0, sums), tokens_kept(sums.itemsize)
     unit = select(den == 0.0, 1.0, den)
     inverse = 1.0 / unit
     for i in range(rows):
         k, v, gy = load(k_ptr, index, storage), load(v_ptr, index, storage), load(gy_ptr, index, storage)
-        prefetch(k_ptr, index - CHECKPOINT_ROWS * C, storage)
-        prefetch(v_ptr, index - CHECKPOINT_ROWS * C, storage)
-        prefetch(gy_ptr, index - CHECKPOINT_ROWS * C, storage)
+        prefetch(k_ptr, index - ahead * C, storage)
+        prefetch(v_ptr, index - ahead * C, storage)
+        prefetch(gy_ptr, index - ahead * C, storage)
         delta = v - num * inverse
         gap = fma(age, minus_w, anchor - k)
         row = i * ROW_VALUES * lanes
@@ -123,7 +122,7 @@ def _wkv_bwd_kernel(
     k_ptr,  # [B, T, C]
     v_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C] or 0
-    checkpoint_ptr,  # [B, 3 ceil(T / 16), C]
+    checkpoint_ptr,  # [B, 3 ceil(T / kept), C]
     gy_ptr,  # [B, T, C]
     gfinal_ptr,  # [2, N, C] or 0: gm and gl
     gwu_ptr,  # [2, N, C]: gw and gu of each sequence
@@ -138,17 +137,18 @@ def _wkv_bwd_kernel(
 ):
     T, C, N = shape
     width, first, last = work
-    lanes, grid = VECTOR_BYTES // sums.itemsize, -(-T // CHECKPOINT_ROWS)
-    carried = np.empty(4 * width + (CHECKPOINT_ROWS * ROW_VALUES + 1) * lanes, sums.dtype)
+    lanes, kept = VECTOR_BYTES // sums.itemsize, tokens_kept(sums.itemsize)
+    grid = -(-T // kept)
+    carried = np.empty(4 * width + (kept * ROW_VALUES + 1) * lanes, sums.dtype)
     state = carried.ctypes.data
     state += -state % VECTOR_BYTES
     scratch = state + 4 * width * sums.itemsize
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
-        top = (stop - 1) // CHECKPOINT_ROWS
-        for j in range(top, start // CHECKPOINT_ROWS - 1, -1):
-            row = max(j * CHECKPOINT_ROWS, start)
-            rows = min((j + 1) * CHECKPOINT_ROWS, stop) - row
+        top = (stop - 1) // kept
+        for j in range(top, start // kept - 1, -1):
+            row = max(j * kept, start)
+            rows = min((j + 1) * kept, stop) - row
             for x in range(c_first, c_last, lanes):
                 # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
                 c, at = min(x, C - lanes), 4 * (x - c_first)

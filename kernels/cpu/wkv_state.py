@@ -2,8 +2,11 @@
 
 import numpy as np
 
+from fastwkv.kernels.config import checkpoint_rows
 from fastwkv.kernels.cpu.numerics import inlined, load, splat, store
 from fastwkv.kernels.cpu.vectors import absolute, fma, select
+
+tokens_kept = inlined(checkpoint_rows)
 
 LOWEST = float(np.finfo(np.float32).min)
 # |w| above this is taken for this, so that age * w stays finite: e^{-w} is 0 (or infinite) all the same.

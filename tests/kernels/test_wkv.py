@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from implementations import Implementation
 from wkv_cases import ORDINARY, cases, expected, make_case
 
-from fastwkv.kernels.config import CHECKPOINT_ROWS, Launch, wkv_launch
+from fastwkv.kernels.config import WARPS_WANTED, Launch, checkpoint_rows, wkv_launch
 
 REPOSITORY = Path(__file__).parents[2]
+ROWS = checkpoint_rows(4)  # a multiple of those of float64
 
 
 def launch(context, case, place=lambda t: t, final=True, **options):
@@ -79,8 +80,8 @@ def test_step_keeps_to_its_memory(implementation):
 )
 def test_chunks_along_time_change_nothing(case, blocks, block_c):
     with Implementation("triton") as context:
-        whole = launch(context, case, launch=Launch(32, 1, 16 * CHECKPOINT_ROWS))
-        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * CHECKPOINT_ROWS))
+        whole = launch(context, case, launch=Launch(32, 1, 16 * ROWS))
+        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * ROWS))
     output, gradient = ORDINARY[case.dtype]
     for index, (result, wanted) in enumerate(zip(chunked, whole, strict=True)):
         if index in (1, 2):  # states: their scale is free
@@ -95,7 +96,7 @@ def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, final):
     case = make_case(5, 1, 0, 3, dtype=torch.float64, lengths=lengths, state=state, rates=(1e-6, 1e-3))
     with Implementation("triton") as context:
         results = []
-        for chunk in (CHECKPOINT_ROWS, 16 * CHECKPOINT_ROWS):
+        for chunk in (ROWS, 16 * ROWS):
             results.append(launch(context, case, final=final, launch=Launch(4, 1, chunk)))
     for index, (result, wanted) in enumerate(zip(*results, strict=True)):
         if index not in (1, 2):
@@ -106,7 +107,7 @@ def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, state, final):
 def test_hard_inputs_meet_the_bounds_in_chunks(chunk):
     with Implementation("triton") as context:
         case = make_case(1, 1, 512, 32, key_range=60.0, rates=(1e-6, 20.0), state=False)
-        y, *_, gw, gu, gk, gv, _ = launch(context, case, launch=Launch(32, 1, chunk * CHECKPOINT_ROWS))
+        y, *_, gw, gu, gk, gv, _ = launch(context, case, launch=Launch(32, 1, chunk * ROWS))
         exact = launch(
             context, replace(case, dtype=torch.float64), launch=Launch(32, 1, 512)
         )  # itself held to the reference to 1e-12
@@ -119,7 +120,7 @@ def test_hard_inputs_meet_the_bounds_in_chunks(chunk):
 def test_final_state_of_chunks_is_that_of_the_reference():
     with Implementation("triton") as context:
         case = make_case(3, 2, 100, 5, dtype=torch.float64)
-        final = launch(context, case, launch=Launch(4, 1, CHECKPOINT_ROWS))[1]
+        final = launch(context, case, launch=Launch(4, 1, ROWS))[1]
     reference = expected(case, backward=False).state
     assert relative_error(final[0] / final[1], reference["mean"]) <= 1e-12
     assert relative_error(final[2] + final[1].log(), reference["log_weight"]) <= 1e-12
@@ -142,21 +143,23 @@ def test_bad_offsets_touch_no_foreign_memory(implementation):
     T=st.integers(1, 2**20),
     C=st.integers(1, 8192),
     multiprocessors=st.sampled_from((1, 16, 108, 132, 304)),
-    itemsize=st.sampled_from((4, 8)),
+    itemsize=st.sampled_from((2, 4, 8)),
 )
 def test_launch_shape_is_legal_for_every_shape(B, T, C, multiprocessors, itemsize):
     shape = wkv_launch(B, T, C, multiprocessors, itemsize)
     chunks = -(-T // shape.chunk)
-    assert shape.chunk % CHECKPOINT_ROWS == 0
+    assert shape.chunk % ROWS == 0
     assert shape.block_c & (shape.block_c - 1) == 0
     assert -(-C // shape.block_c) <= 65535
     assert B * chunks < 2**31
-    assert chunks == 1 or B * -(-C // shape.block_c) < 8 * multiprocessors
+    assert chunks == 1 or B * -(-C // shape.block_c) < WARPS_WANTED * multiprocessors
 
 
 def test_one_chunk_where_batch_and_channels_fill_the_device():
-    assert wkv_launch(64, 4096, 2048, 132, 4).chunk == 4096
-    assert wkv_launch(1, 65536, 1024, 132, 4).chunk < 65536
+    for itemsize in (2, 4):
+        assert wkv_launch(8, 4096, 2048, 132, itemsize).chunk == 4096
+        assert wkv_launch(1, 65536, 1024, 132, itemsize).chunk < 65536 / 32
+    assert wkv_launch(16, 1024, 768, 132, 2).chunk < 1024 == wkv_launch(16, 1024, 768, 132, 4).chunk
 
 
 def test_length_is_in_no_compile_key():
