@@ -151,9 +151,10 @@ def run_part(part: Part, log: Path, limit: float = LIMIT, grace: float = GRACE) 
 
 
 def _environment() -> dict[str, str]:
-    """Have the package found, installed or not."""
+    """Have the package found, installed or not; what torch.compile compiles with is one process for each of ours."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    path = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, **path}
 
 
 def _copy(source: IO[bytes], log: IO[bytes]) -> None:

@@ -17,8 +17,8 @@ import torch
 from ops_timing import Effort, Task
 
 FASTEST_CLOCK = 2.5e9  # Hz, above that of any GPU: `_sleep` counts its clock, so that it sleeps for longer, not less
-QUEUED = 64  # calls of a group; a queue holds about a thousand kernels, then the host waits
-LONG_QUEUING = 5e-3  # seconds: a call that keeps the host busy for longer queues too many kernels for a head start
+QUEUED = 64  # calls of a group, at most; a queue holds about a thousand kernels, then the host waits
+LONG_QUEUING = 5e-3  # seconds in which the host fills that queue: of longer calls not one gets a head start
 TRIES = 4  # to be ahead, with a head start that is twice as long each time
 SHORT = 50e-6  # seconds: calls that are shorter are timed several at a time, since an event takes time too
 HOST_CALLS = 3  # a turn
@@ -105,7 +105,7 @@ class CudaTask(Task):
             self.seconds = list(self.alone)
             return
         estimate = max(1e-7, min(self.seconds or self.alone))
-        limit = self.copies if self.holds else QUEUED
+        limit = min(self.copies if self.holds else QUEUED, max(1, int(LONG_QUEUING / np.median(self.host))))
         together = min(limit, max(1, round(SHORT / estimate)))
         samples = max(1, min(limit // together, round(effort.turn / estimate / together)))
         if not any(self._group(ring, held, samples, together, 2**n) for n in range(1, TRIES + 1)):

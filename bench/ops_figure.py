@@ -1,14 +1,15 @@
 """The figure of ops.py: an operator's speed as a fraction of the copy bandwidth, shape by shape, peers beside it."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import matplotlib
+import result_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from command_line import Parser, check_writable
 from gen_time_figure import FAINT, INK, STYLE, Json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ def _draw(operator: str, rows: list[Json], record: Json, path: Path) -> None:
                 _panel(axes, [row for row in rows if (row["dtype"], row["pass"]) == (dtype, which)], record)
                 axes.set_title(f"{which.replace('+', ' and ')}, {dtype}", loc="left", fontsize=14.5, pad=10)
             drawn = [row["fraction"] for row in rows if row["dtype"] == dtype and row["pass"] in passes]
-            line[0].set(ylabel="fraction of copy bandwidth", ylim=(0.6 * min(drawn), 2 * max(1, *drawn)))
+            line[0].set(ylabel="fraction of copy bandwidth", ylim=(0.6 * min(drawn, default=1), 2 * max(1, *drawn, 1)))
         _title(figure, operator, rows, record, height)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -148,6 +149,18 @@ def _title(figure: Figure, operator: str, rows: list[Json], record: Json, height
     )
 
 
-if __name__ == "__main__":  # redraw: ops_figure.py ops.json [folder]
-    source = Path(sys.argv[1])
-    draw_all(json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.parent)
+def main(arguments: list[str] | None = None) -> int:
+    """Draw the results of a run again."""
+    parser = Parser(prog="ops_figure.py", description=__doc__)
+    parser.add_argument("results", type=Path, metavar="ops.json", help="what ops.py wrote")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="where to draw (default: beside it)")
+    args = parser.parse_args(arguments)
+    record = result_file.read(args.results, parser)
+    folder = args.folder or args.results.parent
+    check_writable(folder, parser)
+    print(f"wrote {', '.join(map(str, draw_all(record, folder)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

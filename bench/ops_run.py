@@ -3,6 +3,7 @@
 import argparse
 import gc
 import math
+import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -55,7 +56,8 @@ class Run:
         self.cuda = ops_cuda.Cuda(args.device) if gpu else None
         full, quick = (ops_timing.GPU, ops_timing.GPU_QUICK) if gpu else (ops_timing.FULL, ops_timing.QUICK)
         self.effort = quick if args.quick else full
-        self.deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+        self.began = time.monotonic()
+        self.deadline = math.inf if args.minutes is None else self.began + 60 * args.minutes
         self.first_seconds: dict[str, float] = {}  # seconds of a provider's, without its very first
         self.rows: list[dict[str, Any]] = []
         peers = {case.operator.name: [case.operator.all_providers()[n] for n in case.providers] for case in args.cases}
@@ -84,6 +86,7 @@ class Run:
         total = 2 * sum(len(case.passes) * len(case.providers) for case in self.args.cases)
         with tqdm(total=total, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
             if self.cuda:
+                gc.freeze()  # what is imported by now is not looked through each time that memory is freed
                 bar.set_description("compiling")
                 self._free()
                 compile_ours(self.args.cases, self.args.device)
@@ -101,24 +104,28 @@ class Run:
         return 2 * len(rows)
 
     def _run_case(self, case: Case, bar: tqdm) -> None:
-        operator = case.operator
+        title = f"{case.operator.name} {list(case.shape)}{' packed' * case.layout.packed} {case.dtype}"
+        bar.set_description(f"{title}: reference")
+        if bar.disable:  # where no bar shows, in a log, a line does
+            print(f"{time.monotonic() - self.began:4.0f} s  {title}", file=sys.stderr, flush=True)
         try:
             self._free()
             inputs = case.draw(self.args.seed, self.args.device)
+            wanted = self._expected(case, inputs)
         except Exception as error:
             bar.update(self._leave_out(case, status="failed", reason=_reason(error)))
             self._recover(self.rows[-1])
             return
-        sample = inputs.part(case.shape[1], checked_channels(inputs)).on(CPU)
-        wanted: dict[str, Tensor] = {}
         for which in case.passes:
-            bar.set_description(f"{operator.name} {list(case.shape)} {case.dtype}, {which}: reference")
-            if which == "step":
-                reference = operator.expected_step(sample)
-            else:
-                own = case.shape[1] > LONGEST_LOOP
-                reference = wanted = wanted or operator.expected(sample, state=False, own=own)
-            self._run_pass(case, which, inputs, reference, bar)
+            self._run_pass(case, which, inputs, wanted[which == "step"], bar)
+
+    def _expected(self, case: Case, inputs: Inputs) -> dict[bool, dict[str, Tensor]]:
+        """Return what the reference gives for the passes of a case, by whether it is a step."""
+        operator, sample = case.operator, inputs.part(case.shape[1], checked_channels(inputs)).on(CPU)
+        wanted = {True: operator.expected_step(sample)} if "step" in case.passes else {}
+        if set(case.passes) != {"step"}:
+            wanted[False] = operator.expected(sample, state=False, own=case.shape[1] > LONGEST_LOOP)
+        return wanted
 
     def _run_pass(self, case: Case, which: str, inputs: Inputs, wanted: dict[str, Tensor], bar: tqdm) -> None:
         title = f"{case.operator.name} {list(case.shape)} {case.dtype}, {which}"

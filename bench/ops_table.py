@@ -3,11 +3,12 @@
 Also the short tables of the README: python bench/ops_table.py ops.json
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import result_file
+from command_line import Parser
 from operators import OPERATORS
 from result_file import markdown, unavailable
 
@@ -30,7 +31,7 @@ def _table(name: str, rows: list[dict[str, Any]], device: str) -> str:
     ours = {case(row): row["ms"] for row in rows if row["provider"] == OURS and row["status"] == "ok"}
     lines = [_line(row, ours.get(case(row)), device) for row in rows if row["status"] != "unavailable"]
     notes = [
-        f"{row['provider']}, {row['pass']}, {shape(row)}, {row['dtype']}: {row['status']}, {row['reason']}"
+        f"{row['provider']}, {row['pass']}, {layout(row)}, {row['dtype']}: {row['status']}, {row['reason']}"
         for row in rows
         if row["status"] in ("wrong", "failed")
     ]
@@ -60,7 +61,7 @@ def _default(row: dict[str, Any]) -> bool:
 
 
 def _line(row: dict[str, Any], ours: float | None, device: str) -> list[str]:
-    line = [row["pass"], shape(row), row["dtype"], row["provider"]]
+    line = [row["pass"], layout(row), row["dtype"], row["provider"]]
     if row["status"] != "ok":
         return [*line, row["status"].upper(), "", "", "", "", "", _error(row["error"]), "", ""]
     low, high = (_short(row["quantiles"][q]) for q in ("0.1", "0.9"))
@@ -103,6 +104,11 @@ def shape(row: dict[str, Any]) -> str:
     return f"{row['B']}, {row['T']}, {row['C']}"
 
 
+def layout(row: dict[str, Any]) -> str:
+    """Return B, T, C and whether the tokens are packed documents."""
+    return shape(row) + " packed" * bool(row.get("packed"))
+
+
 def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
@@ -111,5 +117,13 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Print the short tables of a run."""
+    parser = Parser(prog="ops_table.py", description=__doc__)
+    parser.add_argument("results", type=Path, metavar="ops.json", help="what ops.py wrote")
+    print(readme(result_file.read(parser.parse_args(arguments).results, parser)))
+    return 0
+
+
 if __name__ == "__main__":
-    print(readme(json.loads(Path(sys.argv[1]).read_text())))
+    sys.exit(main())

@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,8 @@ def compile_ours(cases: Sequence[Case], device: torch.device) -> None:
     mine = list(dict.fromkeys(shortened(case) for case in cases if OURS in case.providers))
     processes = min(PROCESSES, len(mine), os.cpu_count() or 1)
     if processes > 1:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with suppress(BrokenExecutor), ProcessPoolExecutor(processes, spawn) as pool:
             for running in [pool.submit(run_once, case, device) for case in mine]:
                 running.exception()
 

@@ -1,5 +1,6 @@
 """Result files of ops.py and accuracy.py: a record of the run, and rows of one line each."""
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,16 @@ def write(path: Path, record: dict[str, Any]) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read(path: Path, parser: Parser) -> dict[str, Any]:
+    """Read a record; end the program if the file holds none."""
+    record: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_text())
+    if not isinstance(record, dict) or not {"device", "rows"} <= set(record):
+        parser.error(f"{str(path)!r} is not a result of a benchmark")
+    return record
 
 
 def keep_other_hardware(path: Path, device: dict[str, Any], parser: Parser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from compiled_gpu import LOAD_CYCLES, Figures
-from gpu_model import DEVICES, LAUNCH_SECONDS, PASSES, SHAPES, Device, Pass, kernel_terms, predict
+from gpu_model import LAUNCH_SECONDS, PASSES, SHAPES, Device, Pass, kernel_terms, predict
 
 from fastwkv.kernels.config import Launch
 
@@ -94,14 +94,15 @@ def test_time_in_chunks_costs_another_pass_and_launches():
 
 
 @pytest.mark.xdist_group("compiled")  # that shares what was compiled
+@pytest.mark.xdist_group("compiled")  # whose tests have left these kernels in Triton's cache
 def test_command_line_predicts_every_pass_and_says_that_it_predicts():
     pytest.importorskip("triton", reason="Triton exists on Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
-    command = [sys.executable, SCRIPT, "--devices", ",".join(DEVICES), "--dtypes", "float32"]
+    command = [sys.executable, SCRIPT, "--dtypes", "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     first, _, *rows = done.stdout.splitlines()
     assert "Predictions" in first
-    assert len(rows) == len(DEVICES) * len(SHAPES) * len(PASSES)
+    assert len(rows) == len(SHAPES) * len(PASSES)
     assert all(0 < float(row.split()[-2]) <= 1 for row in rows)

@@ -31,7 +31,7 @@ class Simulated:
         self.device, self.cache = CPU, cache
         self.clock = self.free = 0.0
         self.slept: list[float] = []
-        self.allocated = self.most = 0
+        self.allocated = self.most = self.queued = 0
 
     def launch(self, kernel: float, host: float) -> None:
         """Keep the host busy, then queue a kernel."""
@@ -42,7 +42,7 @@ class Simulated:
         return self.clock
 
     def synchronize(self) -> None:
-        self.clock = max(self.clock, self.free)
+        self.clock, self.queued = max(self.clock, self.free), 0
 
     def mark(self) -> Event:
         self.clock += 1e-7
@@ -124,6 +124,29 @@ def test_call_that_queues_for_long_is_not_tried_with_a_head_start() -> None:
     assert figures["head_start"] is False
     assert figures["repeats"] >= EFFORT.repeats
     assert not simulated.slept
+
+
+def test_calls_that_would_fill_the_queue_are_fewer_in_a_group() -> None:
+    simulated, most = Simulated(), cuda_timing.LONG_QUEUING
+
+    def call(_: None) -> None:
+        simulated.launch(kernel=10e-6, host=1e-3)
+        simulated.queued += 1
+        if simulated.queued > most / 1e-3:  # the host waits
+            simulated.synchronize()
+
+    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated))
+    assert figures["head_start"] is True
+    assert figures["ms"] == pytest.approx(0.01, rel=1e-6)
+
+
+def test_short_calls_are_enough_after_a_number_of_measurements() -> None:
+    simulated = Simulated()
+    task = cuda_timing.CudaTask(lambda _: simulated.launch(kernel=2e-6, host=20e-6), CPU, cuda=simulated)
+    _, task.first = task.run()
+    timing.measure([task], timing.Effort(repeats=5, seconds=1.0, turn=1e-3, most=40), lambda: None)
+    assert 40 <= len(task.seconds) < 120
+    assert task.spent() < 0.1
 
 
 def test_short_calls_are_timed_several_together() -> None:

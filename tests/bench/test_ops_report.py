@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_scripts import ROOT, load, run_script
+from bench_scripts import ROOT, assert_refused, load
 
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
@@ -34,6 +34,22 @@ def test_figure_has_an_image_for_every_operator(device: str, tmp_path: Path) -> 
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+def test_dtype_without_the_passes_that_are_drawn_is_an_empty_panel(tmp_path: Path) -> None:
+    rows = [row("fastwkv", 1.0, "backward"), row("fastwkv", 1.0, "forward+backward", dtype="float32")]
+    assert len(figure.draw_all(record(rows), tmp_path)) == 1
+
+
+@pytest.mark.parametrize("script", [table, figure], ids=["table", "figure"])
+def test_bad_command_lines_are_refused(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("[1]")
+    assert_refused(script, [], "the following arguments are required: ops.json", capsys)
+    for name in ("absent.json", "other.json"):
+        assert_refused(script, [name], f"'{name}' is not a result of a benchmark", capsys)
+
+
 def test_figure_shows_backward_or_what_has_it_in_it() -> None:
     def passes(*found: str) -> list[str]:
         return figure.columns([{"pass": which} for which in found])
@@ -45,8 +61,7 @@ def test_figure_shows_backward_or_what_has_it_in_it() -> None:
 
 def test_committed_results_can_be_drawn_again(tmp_path: Path) -> None:
     results = ROOT / "bench" / "results" / "cpu-2-cores" / "ops.json"
-    done = run_script("ops_figure.py", str(results), str(tmp_path), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert figure.main([str(results), str(tmp_path)]) == 0
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == ["ops_linear_scan.png", "ops_linear_scan_fixed.png", "ops_wkv.png"]
 
@@ -95,7 +110,8 @@ def test_goals_on_a_gpu(
     ("fraction", "ms", "ours", "peer"), [(0.86, 3.1, "reached", "reached"), (0.84, 2.9, *2 * ["MISSED"])]
 )
 def test_table_on_a_gpu_says_what_was_reached(fraction: float, ms: float, ours: str, peer: str) -> None:
-    rows = [row("fastwkv", 1.0, fraction=fraction), row("fla", ms)]
-    *_, first, second = table.tables(rows, "cuda").splitlines()
+    rows = [row("fastwkv", 1.0, fraction=fraction), row("fla", ms), row("fastwkv", 1.0, packed=57)]
+    *_, first, second, third = table.tables(rows, "cuda").splitlines()
+    assert " 8, 4096, 2048 packed " in third
     assert f"0.85, {ours}" in first
     assert f"3, {peer}" in second

@@ -55,6 +55,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(ops, "draw_all", lambda record, folder: [])
     monkeypatch.setattr(run_module, "compile_ours", lambda cases, device: None)
+    monkeypatch.setattr(run_module, "gc", SimpleNamespace(freeze=lambda: None, collect=lambda: 0))  # takes long
     start = run_module.Run.__init__
 
     def on_a_gpu(self: Any, args: Any) -> None:
@@ -71,9 +72,10 @@ def run(folder: Path, *arguments: str) -> tuple[int, Rows]:
     return status, {(row["pass"], row["provider"]): row for row in rows}
 
 
-def test_rows_tell_device_time_host_time_and_memory(tmp_path: Path) -> None:
+def test_rows_tell_device_time_host_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, rows = run(tmp_path, "--passes", "forward,backward,forward+backward,step")
     assert status == 0
+    assert " s  wkv [2, 8, 5] float32\n" in capsys.readouterr().err  # where no bar is shown
     measured = [row for row in rows.values() if row["status"] == "ok"]
     assert {row["provider"] for row in measured} == {"fastwkv", "hf", "loop", "reference"}
     for row in measured:
@@ -186,6 +188,16 @@ def test_inputs_that_do_not_fit_are_rows(tmp_path: Path, monkeypatch: pytest.Mon
     status, rows = run(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,loop")
     assert status == 1
     assert [row["reason"] for row in rows.values()] == ["OutOfMemoryError: too large"] * 4
+
+
+def test_reference_that_fails_is_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(type(WKV), "expected", fail)
+    status, rows = run(tmp_path, "--passes", "forward", "--providers", "fastwkv,loop")
+    assert status == 1
+    assert {row["reason"] for row in rows.values()} == {"RuntimeError: no compiler"}
 
 
 def test_beyond_the_longest_loop_the_reference_is_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
