@@ -13,7 +13,7 @@ from compiled_read import read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_step
+from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_carry, wkv_step
 from fastwkv.kernels.config import (
     BACKWARD_REGISTERS,
     CARRY_GROUP,
@@ -102,12 +102,12 @@ VARIANTS = [
     variant("wkv forward, odd C", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
     variant("wkv forward, packed", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
     variant("wkv forward, summary", wkv._wkv_fwd_kernel, TILE, set(), {"y_ptr"}),
-    variant("wkv forward, carry", wkv._wkv_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}),
+    variant("wkv forward, carry", wkv_carry._wkv_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
     variant("wkv backward", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}),
     variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
     variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
     variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
-    variant("wkv backward, carry", wkv_bwd._wkv_bwd_carry_kernel, 1, {"carry_ptr", *STATES}),
+    variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
     *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
     *scan_variants(

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     sys.exit(f"gpu_model.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-from fastwkv.kernels.config import Launch, wkv_launch
+from fastwkv.kernels.config import CARRY_GROUP, Launch, wkv_launch
 
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = (
@@ -36,7 +36,7 @@ SHAPES: tuple[Shape, ...] = (
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 ACCUMULATOR = 4  # bytes of a state's number
 LAUNCH_SECONDS = 3e-6  # assumed of every launch
-CARRY_SECONDS = 5e-7  # assumed of a chunk's summary: a load from the second-level cache and what depends on it
+CARRY_CLOCKS = 205  # of a chunk's summary, "wkv forward, carry" of compiled.py; a group of them waits once for memory
 
 
 @dataclass(frozen=True)
@@ -159,18 +159,24 @@ def predict(
     chunks = -(-T // launch.chunk)
     programs = B * chunks * -(-C // launch.block_c)
     used = [kernels[which.summary]] * (chunks > 1) + [kernels[which.finish]]
-    moved = [(kernel.loaded + kernel.stored) * B * T * C for kernel in used]
+    # Nobody asks for the summary of the chunk at the end.
+    shares = [1 - 1 / chunks] * (chunks > 1) + [1.0]
+    moved = [share * (kernel.loaded + kernel.stored) * B * T * C for kernel, share in zip(used, shares, strict=True)]
     summaries = which.summary_numbers * ACCUMULATOR * B * chunks * C if chunks > 1 else 0
     terms = [
-        kernel_terms(kernel, programs, min(T, launch.chunk), bytes_moved, device)
-        for kernel, bytes_moved in zip(used, moved, strict=True)
+        kernel_terms(kernel, round(share * programs), min(T, launch.chunk), bytes_moved, device)
+        for kernel, share, bytes_moved in zip(used, shares, moved, strict=True)
     ]
+    carry = 0.0
+    if chunks > 1:
+        waits = -(-chunks // CARRY_GROUP) * device.latency
+        carry = waits + chunks * CARRY_CLOCKS / device.clock + summaries / device.copy_bandwidth
     return Prediction(
         chunks=chunks,
         warps=programs * launch.num_warps / device.multiprocessors,
         moved=sum(moved) + summaries,
         kernels=tuple(terms),
-        carry=(chunks * CARRY_SECONDS if chunks > 1 else 0) + summaries / device.copy_bandwidth,
+        carry=carry,
         launches=which.launches[chunks > 1] * LAUNCH_SECONDS,
         compulsory=which.elements * itemsize * B * T * C / device.copy_bandwidth,
     )
@@ -202,7 +208,7 @@ def main() -> None:
     print(columns.format("device", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit"))
     for name, dtype, shape in itertools.product(args.devices, args.dtypes, SHAPES):
         device = DEVICES[name]
-        launch = wkv_launch(*shape, device.multiprocessors, ACCUMULATOR)
+        launch = wkv_launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
         for which, one in PASSES.items():
             found = predict(one, shape, ITEMSIZE[dtype], launch, kernels[dtype], device)
             seconds = [*map(found.term, terms[:4]), found.carry, found.launches, found.total]

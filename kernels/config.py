@@ -22,7 +22,7 @@ BACKWARD_REGISTERS = 255
 kernel then takes 64 clocks a row in place of 51, and with some versions the backward kernel spills."""
 
 CARRY_GROUP = 8
-"""Summaries of chunks that the carry of WKV asks for at once: they are scanned in order, and each would cost a latency."""
+"""Summaries of chunks that the carry of WKV asks for at once. It takes them in order, and each would cost a latency."""
 
 SCAN_ROWS = 16
 """Tokens whose a and x the kernel of the linear scan asks for at once; half as many complex ones, whose exact sums,
@@ -53,10 +53,10 @@ class Launch:
 
 
 ROW_BYTES = 200
-"""Bytes of a row of k, of all sequences, a multiprocessor from which WKV takes each sequence as one chunk. One warp alone
-takes about 55 clocks a row, however few there are. Chunks move 5e bytes in place of 3e: at 4.3 TB/s and 1.75 GHz, 18.6
-bytes a clock and multiprocessor, 200 bytes of k are 5 * 200 / 18.6 = 54 clocks. The compiler's and a model's figures,
-not yet measured ones."""
+"""Bytes of a row of k, of all sequences, a multiprocessor from which WKV takes each sequence as one chunk. One warp
+alone takes about 55 clocks a row, however few there are. Chunks move 5e bytes in place of 3e: at 4.3 TB/s and 1.75 GHz,
+18.6 bytes a clock and multiprocessor, 200 bytes of k are 5 * 200 / 18.6 = 54 clocks. The compiler's and a model's
+figures, not yet measured ones."""
 WARPS_WANTED = 12
 """Warps a multiprocessor that sequences are split for. Two for each of its four schedulers use most of its issue slots
 (one alone waits for itself 4 clocks of 10), a third hides what the other two wait for in memory. As for ROW_BYTES."""
@@ -67,8 +67,9 @@ MIN_CHUNK = 128
 def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
     """Choose the launch shape for WKV on ``[B, T, C]``; ``itemsize`` is that of k and v, in bytes.
 
-    A program is one warp of one channel a lane. Sequences are split along time only where batch and channels alone leave
-    the device waiting (``ROW_BYTES``), and then as far as it takes to give every multiprocessor ``WARPS_WANTED`` warps.
+    A program is one warp of one channel a lane. Sequences are split along time only where batch and channels alone
+    leave the device waiting (``ROW_BYTES``), and then as far as it takes to give every multiprocessor ``WARPS_WANTED``
+    warps.
     """
     rows = checkpoint_rows(4)
     if B * C * itemsize >= ROW_BYTES * multiprocessors:

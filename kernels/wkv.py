@@ -40,6 +40,7 @@ from torch import Tensor
 from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
 from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, STAGES, Launch, checkpoint_rows
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges, registers
+from fastwkv.kernels.wkv_carry import _wkv_carry_kernel
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
@@ -171,53 +172,6 @@ def _wkv_fwd_kernel(
     elif edge_ptr is None:
         if end == T:
             store_aged(final_ptr + b * C + c, field, num, den, anchor, age, w, in_c)
-
-
-@triton.jit(do_not_specialize=["N", "T", "chunk"])
-def _wkv_carry_kernel(
-    w_ptr,  # [C]
-    initial_ptr,  # [3, N, C], or None
-    summary_ptr,  # [3, B * chunks, C]
-    edge_ptr,  # int32 [T], or None
-    carry_ptr,  # [3, B * chunks, C], written: the state before every chunk
-    N,
-    T,
-    chunk,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    ACC: tl.constexpr = carry_ptr.dtype.element_ty
-    chunks = tl.cdiv(T, chunk)
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
-    field = tl.num_programs(0).to(tl.int64) * chunks * C
-
-    w = load_rate(w_ptr, c, in_c, ACC)
-    num, den, anchor, age = empty_state(w)
-    if (initial_ptr is not None) and (edge_ptr is None):
-        num, den, anchor = load_state(initial_ptr + b * C + c, N.to(tl.int64) * C, in_c)
-    for first in range(0, chunks, GROUP):
-        summaries = ()
-        for j in tl.static_range(GROUP):  # all are asked for before the first is waited for
-            at = summary_ptr + (b * chunks + first + j) * C + c
-            summaries = summaries + (load_state(at, field, in_c & (tl.zeros_like(c) + first + j < chunks)),)
-        for j in tl.static_range(GROUP):
-            i = first + j
-            inside = in_c & (tl.zeros_like(c) + i < chunks)
-            store_aged(carry_ptr + (b * chunks + i) * C + c, field, num, den, anchor, age, w, inside)
-            num_new, den_new, p_new = summaries[j]
-            d = tl.fma(-age, w, anchor - p_new)
-            num, den, anchor, age = absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, chunk.to(ACC))
-            if edge_ptr is not None:  # a chunk in which a sequence starts carries nothing over
-                head = tl.load(edge_ptr + tl.minimum(i * chunk, T - 1))
-                tail = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-                starts = ((head & 1) != 0) | ((head >> 2) != (tail >> 2))
-                num = tl.where(starts, num_new, num)
-                den = tl.where(starts, den_new, den)
-                anchor = tl.where(starts, p_new, anchor)
-                age = tl.where(starts, 0.0, age)
 
 
 def wkv_fwd(

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
 from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, STAGES, Launch, checkpoint_rows
 from fastwkv.kernels.launch import launch_for, packed_edges, registers
+from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
@@ -237,49 +238,6 @@ def _wkv_bwd_kernel(
             if begin == 0:
                 tl.store(ginitial_ptr + batch * C + c, gm, mask=in_c)
                 tl.store(ginitial_ptr + field + batch * C + c, gl, mask=in_c)
-
-
-@triton.jit(do_not_specialize=["N", "chunks"])
-def _wkv_bwd_carry_kernel(
-    gfinal_ptr,  # [2, N, C], or None
-    summary_ptr,  # [4, B * chunks, C]: cm, cl, a, b
-    carry_ptr,  # [2, B * chunks, C], written: (gm, gl) after every chunk
-    N,
-    chunks,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    ACC: tl.constexpr = carry_ptr.dtype.element_ty
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
-    field = tl.num_programs(0).to(tl.int64) * chunks * C
-
-    gm = tl.zeros([BLOCK_C], ACC)
-    gl = tl.zeros([BLOCK_C], ACC)
-    if gfinal_ptr is not None:
-        # In a packed batch the last chunk ends a sequence and takes nothing from here, whatever is read.
-        gm = tl.load(gfinal_ptr + b * C + c, mask=in_c, other=0.0)
-        gl = tl.load(gfinal_ptr + N.to(tl.int64) * C + b * C + c, mask=in_c, other=0.0)
-    for last in range(chunks - 1, -1, -GROUP):
-        summaries = ()
-        for j in tl.static_range(GROUP):  # all are asked for before the first is waited for
-            at = summary_ptr + (b * chunks + last - j) * C + c
-            inside = in_c & (tl.zeros_like(c) + last >= j)
-            cm = tl.load(at, mask=inside, other=0.0)
-            cl = tl.load(at + field, mask=inside, other=0.0)
-            past = tl.load(at + 2 * field, mask=inside, other=0.0)
-            mixed = tl.load(at + 3 * field, mask=inside, other=0.0)
-            summaries = summaries + ((cm, cl, past, mixed),)
-        for j in tl.static_range(GROUP):
-            at = carry_ptr + (b * chunks + last - j) * C + c
-            inside = in_c & (tl.zeros_like(c) + last >= j)
-            tl.store(at, gm, mask=inside)
-            tl.store(at + field, gl, mask=inside)
-            cm, cl, past, mixed = summaries[j]
-            gl = tl.fma(past, gl, tl.fma(mixed, gm, cl))
-            gm = tl.fma(past, gm, cm)
 
 
 def wkv_bwd(

@@ -220,10 +220,10 @@ def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k:
 def _wkv_fwd_fake(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    C = k.shape[2]
-    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    B, T, C = k.shape
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(w, u, k, v)
-    checkpoints = k.new_empty(checkpoint_shape(*k.shape, dtype) if save else (0,), dtype=dtype)
+    checkpoints = k.new_empty(checkpoint_shape(B, T, C, dtype) if save else (0,), dtype=dtype)
     return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
 
 

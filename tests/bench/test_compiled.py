@@ -13,7 +13,7 @@ from compiled_gpu import LANES, Instruction, clocks, resident_warps, warp_cycles
 SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
 ALL = ("float32", "bfloat16", "float16", "float64", "complex64", "complex128")
 # The whole table takes six minutes on two cores: `make compiled`. Here one target has every dtype.
-PARTS = {("sm_90",): ALL, ("sm_80", "sm_100", "gfx942"): ("bfloat16", "float32", "complex64")}
+PARTS = {("sm_90",): ALL, ("sm_80", "sm_100", "gfx942"): ("bfloat16", "float32")}
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 CASES = [(dtype, target) for targets, dtypes in PARTS.items() for target in targets for dtype in dtypes]
 
@@ -70,9 +70,26 @@ def test_every_kernel_is_there_for_every_target_and_dtype(rows):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_token_costs_two_exponentials_and_one_reciprocal_forward(rows, dtype, target):
-    # A sixteenth more each for what is stored with a checkpoint.
+    # A sixteenth more each for a checkpoint, stored or loaded.
     assert rows["wkv forward", dtype, target]["special"] <= 3 + 2 / 16
-    assert rows["wkv backward", dtype, target]["special"] <= 4 + 1 + 4 / 16  # and half a step to reach the second half
+    assert rows["wkv backward", dtype, target]["special"] <= 4 + 2 / 16
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_instructions_of_wkv_leave_time_for_the_memory_in_16_bits(rows, target):
+    # 4.3 TB/s are 717e9 tokens of 6 bytes a second forward, 430e9 of 10 backward; 132 multiprocessors at 1.75 GHz
+    # have 41 and 69 instructions a lane for each.
+    assert rows["wkv forward", "bfloat16", target]["instructions"] <= 41
+    assert rows["wkv backward", "bfloat16", target]["instructions"] <= 69
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kernel", ["wkv forward", "wkv backward"])
+def test_a_warp_of_wkv_hardly_waits_for_memory(rows, kernel, dtype, target):
+    # Tiles are on their way while two others are worked on: a load of 1400 clocks adds less than half to a row.
+    row = rows[kernel, dtype, target]
+    assert row["waiting"] <= 1.5 * row["cycles"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -82,7 +99,8 @@ def test_a_token_of_the_scan_costs_what_is_written(rows, target):
     assert rows["scan forward", "float32", target]["instructions"] <= 16
     assert rows["scan backward", "float32", target]["instructions"] <= 20
     for dtype, kernel in itertools.product(("bfloat16", "float32", "complex64"), ("forward", "backward")):
-        assert rows[f"scan {kernel}", dtype, target]["special"] == 0
+        if (dtype, target) in CASES:
+            assert rows[f"scan {kernel}", dtype, target]["special"] == 0
     assert rows["scan forward, log a", "bfloat16", target]["special"] == 1
 
 
@@ -90,8 +108,7 @@ def test_a_token_of_the_scan_costs_what_is_written(rows, target):
 @pytest.mark.parametrize("kernel", ["wkv forward", "wkv backward", "scan forward", "scan backward"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loads_and_stores_are_as_wide_as_the_program_allows(rows, kernel, dtype, target):
-    # Two channels of WKV a lane, two or four of the scan.
-    least = 4 if (kernel[:3], dtype) == ("wkv", "bfloat16") else 8
+    least = 16 if kernel.startswith("wkv") else 8
     row = rows[kernel, dtype, target]
     assert row["loads"] >= least
     assert row["stores"] >= least

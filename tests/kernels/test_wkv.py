@@ -165,9 +165,9 @@ def test_one_chunk_where_batch_and_channels_fill_the_device():
 def test_length_is_in_no_compile_key():
     # Read in a process of its own: interpreted kernels have no compile key.
     script = (
-        "from fastwkv.kernels import wkv, wkv_bwd, wkv_step\n"
-        "for kernel in (wkv._wkv_fwd_kernel, wkv._wkv_carry_kernel, wkv_bwd._wkv_bwd_kernel,\n"
-        "               wkv_bwd._wkv_bwd_carry_kernel, wkv_step._wkv_step_kernel):\n"
+        "from fastwkv.kernels import wkv, wkv_bwd, wkv_carry, wkv_step\n"
+        "for kernel in (wkv._wkv_fwd_kernel, wkv_carry._wkv_carry_kernel, wkv_bwd._wkv_bwd_kernel,\n"
+        "               wkv_carry._wkv_bwd_carry_kernel, wkv_step._wkv_step_kernel):\n"
         "    print(*[p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
