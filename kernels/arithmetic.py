@@ -20,33 +20,42 @@ def before(t, end, c, C: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, ROWS: tl.constexpr):
-    """Return the 2^n rows of a tile [rows, channels], every lane holding a channel of each.
+    """Return the 4 or 16 rows of a tile [rows, channels], every lane holding a channel of each.
 
     Read one by one, rows of 32 channels would make loads of 2 or 4 bytes a lane. A tile is read 16 bytes a lane, ahead
     of time where the loop says so (num_stages), and handed over through shared memory.
     """
     C: tl.constexpr = tile.shape[1]
-    if ROWS == 1:
-        return (tl.reshape(tile, [C]),)
-    else:
-        halves = tl.permute(tl.reshape(tile, [2, ROWS // 2, C]), (1, 2, 0))
-        first, second = tl.split(halves)
-        return rows_of(first, ROWS // 2) + rows_of(second, ROWS // 2)
+    parts = (tile,)
+    for level in tl.static_range(4):  # no recursion: Triton below 3.5 knows none
+        if 2**level < ROWS:
+            halves = ()
+            for i in tl.static_range(len(parts)):
+                pair = tl.reshape(parts[i], [2, ROWS // 2 ** (level + 1), C])
+                first, second = tl.split(tl.permute(pair, (1, 2, 0)))
+                halves = halves + (first, second)
+            parts = halves
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows = rows + (tl.reshape(parts[i], [C]),)
+    return rows
 
 
 @triton.jit
 def tile_of(rows, ptr, ROWS: tl.constexpr):
-    """Return the tile of these 2^n rows, in the dtype that ``ptr`` points to; the inverse of :func:`rows_of`."""
-    if ROWS == 1:
-        return tl.reshape(rows[0].to(ptr.dtype.element_ty), [1, rows[0].shape[0]])
-    else:
-        first = ()
-        second = ()
-        for i in tl.static_range(ROWS // 2):
-            first = first + (rows[i],)
-            second = second + (rows[ROWS // 2 + i],)
-        halves = tl.join(tile_of(first, ptr, ROWS // 2), tile_of(second, ptr, ROWS // 2))
-        return tl.reshape(tl.permute(halves, (2, 0, 1)), [ROWS, rows[0].shape[0]])
+    """Return the tile of these rows, in the dtype that ``ptr`` points to; the inverse of :func:`rows_of`."""
+    C: tl.constexpr = rows[0].shape[0]
+    parts = ()
+    for i in tl.static_range(ROWS):
+        parts = parts + (tl.reshape(rows[i].to(ptr.dtype.element_ty), [1, C]),)
+    for level in tl.static_range(4):
+        if 2**level < ROWS:
+            joined = ()
+            for i in tl.static_range(len(parts) // 2):
+                pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (2, 0, 1))
+                joined = joined + (tl.reshape(pair, [2 ** (level + 1), C]),)
+            parts = joined
+    return parts[0]
 
 
 INTERPRETED = tl.constexpr(not isinstance(before, triton.JITFunction))

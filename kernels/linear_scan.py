@@ -53,16 +53,19 @@ __all__ = ["linear_scan_fwd", "linear_scan_step"]
 
 @triton.jit
 def load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr, EXACT: tl.constexpr):
-    """Read a, and with LOG what its rounding cuts off, else None."""
+    """Read a, and with LOG and EXACT what its rounding cuts off: a tuple of one number, or two.
+
+    Not None for the second: Triton below 3.7 lets no function return one beside a tensor.
+    """
     a = load(a_ptr, offset, mask, like)
     if not LOG:
-        return a, None
+        return (a,)
     elif EXACT:
         high, low = exp_sum(a[0])
         return (high,), (low,)
     else:
         # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing would miss.
-        return (tl.exp2(a[0] * LOG2_E),), None
+        return ((tl.exp2(a[0] * LOG2_E),),)
 
 
 @triton.jit
@@ -87,7 +90,8 @@ def _forward_rows(
                     h = filled(0.0, h)
                     if initial_ptr is not None:
                         h = load(initial_ptr, (edge >> 2).to(tl.int64) * C + c, in_c, h)
-            h, low = times_sum(gates[i][0], gates[i][1], h, low, EXACT)
+            a_low = gates[i][1] if LOG and EXACT else None
+            h, low = times_sum(gates[i][0], a_low, h, low, EXACT)
             h, low = plus_sum(h, low, xs[i], EXACT)
             if h_ptr is not None:
                 rounded = rounded_sum(h, low) if EXACT else h
@@ -96,7 +100,7 @@ def _forward_rows(
                     if (edge & 2) != 0:
                         store(final_ptr, (edge >> 2).to(tl.int64) * C + c, rounded, in_c)
             else:
-                product, product_low = times_sum(gates[i][0], gates[i][1], product, product_low, EXACT)
+                product, product_low = times_sum(gates[i][0], a_low, product, product_low, EXACT)
     return h, low, product, product_low
 
 
@@ -137,7 +141,7 @@ def _linear_scan_fwd_kernel(
     gate = load_gate(a_ptr, c, in_c, h, LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         h = load(carry_ptr, row * C + c, in_c, h)
-    elif (initial_ptr is not None) and (edge_ptr is None) and (h_ptr is not None):
+    elif (initial_ptr is not None) and ((edge_ptr is None) and (h_ptr is not None)):
         h = load(initial_ptr, b * C + c, in_c, h)
 
     offset = (b * T + (begin if STEP > 0 else T - 1 - begin)) * C + c
@@ -149,6 +153,8 @@ def _linear_scan_fwd_kernel(
         )  # fmt: skip
         offset += ROWS * STEP
     if full < end:
+        # Anew: with the offset of the loop, where C is odd, Triton 3.6 shuffles every pointer, and spills.
+        offset = (b * T + (full if STEP > 0 else T - 1 - full)) * C + c
         h, low, product, product_low = _forward_rows(
             offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
             full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,

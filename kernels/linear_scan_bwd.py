@@ -60,6 +60,7 @@ def _reverse_rows(
                 if t == 0:
                     h_past = load(initial_ptr, b * C + c, in_c, q)
             a = conjugate(gates[i][0])
+            a_low = gates[i][1] if LOG and EXACT else None
             g, low = plus_sum(q, low, ghs[i], EXACT)
             if ga_ptr is not None:
                 gx = rounded_sum(g, low) if EXACT else g
@@ -72,9 +73,9 @@ def _reverse_rows(
                 else:
                     block_sum = plus(block_sum, ga)
             else:
-                product, product_low = times_sum(a, gates[i][1], product, product_low, EXACT)
-            q, low = times_sum(a, gates[i][1], g, low, EXACT)
-            if (edge_ptr is not None) and (ginitial_ptr is not None) and (ga_ptr is not None):
+                product, product_low = times_sum(a, a_low, product, product_low, EXACT)
+            q, low = times_sum(a, a_low, g, low, EXACT)
+            if (edge_ptr is not None) and ((ginitial_ptr is not None) and (ga_ptr is not None)):
                 if (edge & 1) != 0:
                     store(ginitial_ptr, n * C + c, rounded_sum(q, low), in_c)
     return q, low, product, product_low, plus(ga_sum, block_sum)
@@ -121,7 +122,7 @@ def _linear_scan_bwd_kernel(
     gate = load_gate(a_ptr, c, in_c, q, LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         q = load(carry_ptr, row * C + c, in_c, q)
-    elif (gfinal_ptr is not None) and (edge_ptr is None) and (ga_ptr is not None):
+    elif (gfinal_ptr is not None) and ((edge_ptr is None) and (ga_ptr is not None)):
         q = load(gfinal_ptr, b * C + c, in_c, q)
 
     full = begin + (end - begin) // ROWS * ROWS

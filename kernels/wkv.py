@@ -29,7 +29,12 @@ by den: that gives the true gradient of num and den at den = 0.
 Chunks. Both passes are associative along time. A sequence is one chunk where batch and channels fill the device; else
 every chunk is first summarised from an empty state (the same kernel, without its outputs), the summaries are scanned
 in order, and every chunk is finished from its true state. Adjoints too: over a chunk (gm, gl) <- (a gm + cm,
-a gl + b gm + cl). With packed sequences the state is replaced wherever one starts; the grid stays the same.
+a gl + b gm + cl).
+
+Memory. A program is a warp, a lane a channel. It reads tiles of ROWS tokens, 16 bytes a lane, STAGES - 1 of them on
+their way while one is worked on; shared memory hands the rows to the lanes. The last tokens, and those of packed
+sequences, go through a second copy of the rows, in which tokens outside of a run of one sequence are absent and take no
+time: the state is replaced between runs, and the grid stays the same.
 """
 
 import torch
@@ -118,7 +123,7 @@ def _wkv_fwd_kernel(
     num, den, anchor, age = empty_state(w)
     if carry_ptr is not None:
         num, den, anchor = load_state(carry_ptr + row * C + c, carry_field, in_c)
-    elif (initial_ptr is not None) and (edge_ptr is None) and (y_ptr is not None):
+    elif (initial_ptr is not None) and ((edge_ptr is None) and (y_ptr is not None)):
         num, den, anchor = load_state(initial_ptr + b * C + c, field, in_c)
 
     if checkpoint_ptr is not None:

@@ -162,7 +162,7 @@ def _wkv_bwd_kernel(
     if carry_ptr is not None:
         gm = tl.load(carry_ptr + row * C + c, mask=in_c, other=0.0)
         gl = tl.load(carry_ptr + carry_field + row * C + c, mask=in_c, other=0.0)
-    elif (gfinal_ptr is not None) and (edge_ptr is None) and (gk_ptr is not None):
+    elif (gfinal_ptr is not None) and ((edge_ptr is None) and (gk_ptr is not None)):
         gm = tl.load(gfinal_ptr + batch * C + c, mask=in_c, other=0.0)
         gl = tl.load(gfinal_ptr + field + batch * C + c, mask=in_c, other=0.0)
     a = tl.full([BLOCK_C], 1.0, ACC)
