@@ -45,8 +45,8 @@ def rows_of(tile, ROWS: tl.constexpr):
 def tile_of(rows, ptr, ROWS: tl.constexpr):
     """Return the tile of these rows, in the dtype that ``ptr`` points to; the inverse of :func:`rows_of`."""
     C: tl.constexpr = rows[0].shape[0]
-    parts = ()
-    for i in tl.static_range(ROWS):
+    parts = (tl.reshape(rows[0].to(ptr.dtype.element_ty), [1, C]),)
+    for i in tl.static_range(1, ROWS):
         parts = parts + (tl.reshape(rows[i].to(ptr.dtype.element_ty), [1, C]),)
     for level in tl.static_range(4):
         if 2**level < ROWS:

@@ -21,7 +21,7 @@ def may_be_none(value):
     return isinstance(value, ast.Constant) and value.value is None
 
 
-@pytest.mark.parametrize("function", jit_functions())
+@pytest.mark.parametrize("function", list(jit_functions()))
 def test_no_function_returns_none_in_a_tuple(function):
     # Triton below 3.7 makes a tensor of every constant that a function returns, and can make none of None.
     for returned in (node for node in ast.walk(function) if isinstance(node, ast.Return)):
@@ -29,14 +29,14 @@ def test_no_function_returns_none_in_a_tuple(function):
         assert not any(may_be_none(value) for part in tuples for value in part.elts), returned.lineno
 
 
-@pytest.mark.parametrize("function", jit_functions())
+@pytest.mark.parametrize("function", list(jit_functions()))
 def test_no_condition_is_a_chain_of_more_than_two(function):
     # Triton 3.3 wants parentheses: a and (b and c).
     for condition in (node for node in ast.walk(function) if isinstance(node, ast.BoolOp)):
         assert len(condition.values) == 2, condition.lineno
 
 
-@pytest.mark.parametrize("function", jit_functions())
+@pytest.mark.parametrize("function", list(jit_functions()))
 def test_no_function_calls_itself(function):
     # Triton below 3.5 follows the calls for its cache key and finds no end.
     calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
