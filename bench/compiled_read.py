@@ -100,6 +100,7 @@ def _main_loop(lines: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -
     """Return the loop with the most special functions; all of a kernel that has no loop.
 
     Of several with as many the shortest, which knows of no masks; of those without any the longest, which has the work.
+    A loop around another one does not count.
     """
 
     def weight(loop: tuple[int, int]) -> tuple[int, int]:
@@ -107,5 +108,8 @@ def _main_loop(lines: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -
         length = loop[1] - loop[0]
         return special, -length if special else length
 
-    first, last = max(loops, key=weight, default=(0, len(lines) - 1))
+    inner = [
+        one for one in loops if not any(one[0] <= other[0] and other[1] <= one[1] for other in loops if other != one)
+    ]
+    first, last = max(inner, key=weight, default=(0, len(lines) - 1))
     return list(lines[first : last + 1])
