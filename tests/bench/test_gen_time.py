@@ -244,7 +244,7 @@ def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 130, errors
