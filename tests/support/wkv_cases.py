@@ -1,6 +1,7 @@
 """Inputs of WKV, drawn by hypothesis; its results and gradients, from any function with the signature of wkv."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from comparison import Results, relative_error
@@ -153,6 +154,29 @@ def state_invariants(state: WKVState) -> dict[str, Tensor]:
 def expected(case: Case, **options) -> Results:
     """Run the float64 reference."""
     return run(reference.wkv_loop, case, exact=True, **options)
+
+
+def term_sizes(case: Case) -> dict[str, Tensor]:
+    """Return the sum, over tokens and batch, of the sizes of what gw and gu add up: they may cancel, ``[C]`` each."""
+    sizes = {}
+
+    def token_by_token(w, u, k, v, initial, *, return_state, cu_seqlens):
+        w, u = w.expand_as(k), u.expand_as(k)
+        w.register_hook(lambda terms: sizes.update(w=terms.abs().sum((0, 1))))
+        u.register_hook(lambda terms: sizes.update(u=terms.abs().sum((0, 1))))
+        outputs, finals = [], []
+        for n, (begin, end) in enumerate(pairwise(case.bounds)):
+            rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
+            state = None if initial is None else WKVState(*(field[rows] for field in initial))
+            for t in range(begin, end):
+                token = (w[:, t], u[:, t], k[:, t : t + 1], v[:, t : t + 1])
+                y, state = reference.wkv_loop(*token, state, return_state=return_state)
+                outputs.append(y)
+            finals.append(state)
+        return torch.cat(outputs, 1), WKVState(*(torch.cat(field) for field in zip(*finals, strict=True)))
+
+    run(token_by_token, case, exact=True)
+    return sizes
 
 
 def values(case: Case, implementation, **changes):
