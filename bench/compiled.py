@@ -6,16 +6,22 @@ it its variants. Of the main loop, for a lane, a token and a channel: instructio
 that a multiprocessor needs by the throughput of its units and the unit that sets them. Of the main loop, for a token:
 clocks of one warp alone, by what the instructions tell the scheduler, once as if loads answered at once and once as if
 they took 1400 clocks. "loads" and "stores" are the bytes a lane, the usual ones and after a slash the widest. "warps"
-are those that fit on a multiprocessor. All this is computed, not measured. A spill is an error: exit 1.
+are those that fit on a multiprocessor. All this is computed, not measured, and compiled.json has more of it: its rows
+are the Figures of compiled_gpu.py. A spill is an error: exit 1.
 """
 
+import argparse
 import multiprocessing
 import os
+import re
 import sys
+from dataclasses import asdict
 
 try:
+    import unmeasured
     from command_line import Parser, names, positive
-    from compiled_variants import DTYPES, TARGETS, VARIANTS, Figures, compile_variant
+    from compiled_gpu import LOAD_CYCLES, Figures
+    from compiled_variants import DTYPES, TARGETS, VARIANTS, compile_variant
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
@@ -70,6 +76,27 @@ def cells(figures: Figures) -> dict[str, str]:
     }
 
 
+def jobs(args: argparse.Namespace) -> list[tuple[int, str, str]]:
+    """Return what is asked for and exists: the index of a variant, a dtype and a target."""
+    return [
+        (index, dtype, target)
+        for index, variant in enumerate(VARIANTS)
+        for dtype in args.dtypes
+        for target in args.targets
+        if args.kernels.fullmatch(variant.name)
+        and variant.takes(dtype)
+        # What has no stream in the model's dtype is the same for all that sum in float32.
+        and (variant.streams or dtype not in ("float16", "bfloat16"))
+    ]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+
+
 def _widths(accesses: dict[int, int]) -> str:
     if not accesses:
         return "-"
@@ -82,24 +109,26 @@ def main() -> None:
     option = parser.add_argument
     option("--targets", type=names("target", TARGETS), default=list(TARGETS), metavar="LIST", help=", ".join(TARGETS))
     option("--dtypes", type=names("dtype", DTYPES), default=list(DTYPES), metavar="LIST", help=", ".join(DTYPES))
+    option("--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)")
     option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
+    unmeasured.add_out(parser)
     args = parser.parse_args()
-    jobs = [
-        (index, dtype, target)
-        for index, variant in enumerate(VARIANTS)
-        for dtype in args.dtypes
-        for target in args.targets
-        if variant.takes(dtype)
-        # What has no stream in the model's dtype is the same for all that sum in float32.
-        and (variant.streams or dtype not in ("float16", "bfloat16"))
-    ]
+    wanted = jobs(args)
+    if not wanted:
+        parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
+    unmeasured.check(args.out, "compiled", parser)
+    chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
+    settings = {**chosen, "load_cycles": LOAD_CYCLES}
+    record = unmeasured.record("compiled", settings)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        rows = list(tqdm(pool.imap(compile_variant, jobs), total=len(jobs), unit=" kernels", disable=None))
+        rows = list(tqdm(pool.imap(compile_variant, wanted), total=len(wanted), unit=" kernels", disable=None))
 
     for line in (0, 1):
         print(COLUMNS.format(**{name: both[line] for name, both in HEADER.items()}).rstrip())
     for row in rows:
         print(COLUMNS.format(**cells(row)))
+    record["rows"] = [asdict(row) for row in rows]
+    unmeasured.write(args.out, record)
     spilling = [row for row in rows if row.spilled_bytes]
     if spilling:
         sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")

@@ -7,35 +7,31 @@ A kernel takes the longest of
   rounds of programs on the busiest multiprocessor; "chain" is the same with loads that answer at once
 A pass is the sum of its kernels, of what carries the state from chunk to chunk and of what every launch costs. The
 fraction is that of the copy bandwidth, on the bytes that every implementation has to move. A real kernel overlaps the
-terms less well than this; a memory that is not busy answers sooner.
+terms less well than this; a memory that is not busy answers sooner. Written to gpu_model.json as well.
 """
 
 import itertools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 try:
+    import unmeasured
     from command_line import Parser, names
     from compiled_gpu import LOAD_CYCLES, Figures
+    from operator_base import GPU_SHAPES, Shape, shape_name
 except ImportError as error:
     sys.exit(f"gpu_model.py: {error}; pip install -e '.[bench]' installs what it needs")
 
 from fastwkv.kernels.config import CARRY_GROUP, Launch, wkv_launch
 
-Shape = tuple[int, int, int]
-SHAPES: tuple[Shape, ...] = (
-    (8, 1024, 768),
-    (8, 4096, 2048),
-    (8, 4096, 4096),
-    (32, 1024, 1024),
-    (1, 16384, 1024),
-    (1, 65536, 1024),
-    (1, 131072, 2560),
-)
+TARGET = "sm_90"  # of both GPUs below
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 ACCUMULATOR = 4  # bytes of a state's number
 LAUNCH_SECONDS = 3e-6  # assumed of every launch
+TERMS = ("memory", "units", "chain", "latency")  # of a kernel
+COLUMNS = "{:<6} {:<9} {:<16} {:<18} {:>6} {:>6} {:>8}" + " {:>8}" * 7 + " {:>8}  {}"
 CARRY_CLOCKS = 205  # of a chunk's summary, "wkv forward, carry" of compiled.py; a group of them waits once for memory
 
 
@@ -183,12 +179,36 @@ def predict(
 
 
 def compiled(dtype: str) -> dict[str, Figures]:
-    """Compile the kernels of all passes for sm_90 and return their figures by name."""
+    """Compile the kernels of all passes and return their figures by name."""
     # Here, since kernels that are interpreted elsewhere in the process cannot be compiled.
     from compiled_variants import MODELLED, figures
 
     wanted = {name for one in PASSES.values() for name in (one.finish, one.summary)}
-    return {one.name: figures(one, dtype, "sm_90") for one in MODELLED if one.name in wanted}
+    return {one.name: figures(one, dtype, TARGET) for one in MODELLED if one.name in wanted}
+
+
+def model_rows(gpu: str, dtype: str, kernels: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """Return what the model says of every shape and pass on a GPU."""
+    device, found = DEVICES[gpu], []
+    for shape in GPU_SHAPES:
+        launch = wkv_launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
+        for which, one in PASSES.items():
+            predicted = predict(one, shape, ITEMSIZE[dtype], launch, kernels, device)
+            row: dict[str, Any] = {"gpu": gpu, "dtype": dtype, "pass": which, **dict(zip("BTC", shape, strict=True))}
+            row |= {"chunks": predicted.chunks, "warps": predicted.warps, "moved_bytes": predicted.moved}
+            seconds = {name: predicted.term(name) for name in TERMS}
+            seconds |= {name: getattr(predicted, name) for name in ("carry", "launches", "total")}
+            found.append(row | {"seconds": seconds, "fraction": predicted.fraction, "limit": predicted.limit})
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = shape_name((row["B"], row["T"], row["C"]))
+    microseconds = (f"{1e6 * seconds:.1f}" for seconds in row["seconds"].values())
+    numbers = row["chunks"], f"{row['warps']:.1f}", f"{row['moved_bytes'] / 1e9:.3f}", *microseconds
+    return COLUMNS.format(
+        row["gpu"], row["dtype"], row["pass"], shape, *numbers, f"{row['fraction']:.2f}", row["limit"]
+    )
 
 
 def main() -> None:
@@ -196,29 +216,25 @@ def main() -> None:
     option = parser.add_argument
     option("--devices", type=names("device", DEVICES), default=["h200"], metavar="LIST", help=", ".join(DEVICES))
     option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
+    unmeasured.add_out(parser)
     args = parser.parse_args()
+    unmeasured.check(args.out, "gpu_model", parser)
 
+    assumed = {name: asdict(DEVICES[name]) for name in args.devices}
+    settings = {"target": TARGET, "assumed": assumed, "launch_seconds": LAUNCH_SECONDS, "carry_clocks": CARRY_CLOCKS}
+    record = unmeasured.record("gpu_model", settings)
     try:
         kernels = {dtype: compiled(dtype) for dtype in args.dtypes}
     except ImportError as error:
         sys.exit(f"gpu_model.py: {error}; it needs Triton, which exists on Linux only")
     print("Predictions of a model, microseconds. Nothing here has been measured.")
-    columns = "{:<6} {:<9} {:<16} {:<18} {:>6} {:>6} {:>8}" + " {:>8}" * 7 + " {:>8}  {}"
-    terms = ("memory", "units", "chain", "latency", "carry", "launches", "total")
-    print(columns.format("device", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit"))
-    for name, dtype, shape in itertools.product(args.devices, args.dtypes, SHAPES):
-        device = DEVICES[name]
-        launch = wkv_launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
-        for which, one in PASSES.items():
-            found = predict(one, shape, ITEMSIZE[dtype], launch, kernels[dtype], device)
-            seconds = [*map(found.term, terms[:4]), found.carry, found.launches, found.total]
-            figures_shown = f"{found.warps:.1f}", f"{found.moved / 1e9:.3f}", *(f"{1e6 * s:.1f}" for s in seconds)
-            text = "x".join(map(str, shape))
-            print(
-                columns.format(
-                    name, dtype, which, text, found.chunks, *figures_shown, f"{found.fraction:.2f}", found.limit
-                )
-            )
+    terms = (*TERMS, "carry", "launches", "total")
+    print(COLUMNS.format("device", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit"))
+    for gpu, dtype in itertools.product(args.devices, args.dtypes):
+        rows = model_rows(gpu, dtype, kernels[dtype])
+        print("\n".join(map(_line, rows)))
+        record["rows"] += rows
+    unmeasured.write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,14 @@ from torch import Tensor
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
 ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4}  # of what is stored in 16 bits
-GPU_SHAPES = (  # as --shapes takes them: training, then long sequences by themselves; p for packed
-    "8x1024x768,8x4096x2048,8x4096x4096,32x1024x1024,1x16384x1024,1x65536x1024,1x131072x2560,1x65536x1024p"
+GPU_SHAPES: tuple[Shape, ...] = (  # training, then long sequences by themselves
+    (8, 1024, 768),
+    (8, 4096, 2048),
+    (8, 4096, 4096),
+    (32, 1024, 1024),
+    (1, 16384, 1024),
+    (1, 65536, 1024),
+    (1, 131072, 2560),
 )
 DOCUMENT = (16, 8192)  # tokens of the shortest and of the longest packed document
 
@@ -133,6 +139,11 @@ class Operator(ABC):
     def gpu_ratio(self, shape: Shape) -> float | None:
         """Return how many times faster than every peer it should be on a GPU, if there is a goal."""
         return next((ratio for where, ratio in self.gpu_ratios if where(*shape)), None)
+
+
+def shape_name(shape: Shape) -> str:
+    """Return 8x1024x768, as options take it and tables show it."""
+    return "x".join(map(str, shape))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from command_line import COMPLEX_DTYPES, DTYPES, Parser
-from operator_base import GPU_SHAPES, Inputs, Operator, Shape, documents
+from operator_base import GPU_SHAPES, Inputs, Operator, Shape, documents, shape_name
 from operators import OPERATORS
 from ops_passes import PASSES
 
@@ -21,6 +21,13 @@ class Layout:
 
     shape: Shape
     packed: bool = False
+
+    def __str__(self) -> str:
+        """As --shapes takes it."""
+        return shape_name(self.shape) + "p" * self.packed
+
+
+GPU_LAYOUTS = [*map(Layout, GPU_SHAPES), Layout((1, 65536, 1024), packed=True)]
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,10 @@ def _layouts(operator: Operator, args: argparse.Namespace, gpu: bool) -> list[La
         return args.shapes
     if args.quick:
         return [Layout(shape) for shape in operator.quick_shapes]
-    return layouts(GPU_SHAPES) if gpu else [Layout(shape) for shape in operator.shapes]
+    return GPU_LAYOUTS if gpu else [Layout(shape) for shape in operator.shapes]
 
 
 def default_shapes() -> str:
     """Say which shapes are measured if none are asked for."""
-    cpu = (f"{name}: {','.join('x'.join(map(str, s)) for s in op.shapes)}" for name, op in OPERATORS.items())
-    return f"on a GPU {GPU_SHAPES}; on a CPU {'; '.join(cpu)}"
+    cpu = (f"{name}: {','.join(map(shape_name, op.shapes))}" for name, op in OPERATORS.items())
+    return f"on a GPU {','.join(map(str, GPU_LAYOUTS))}; on a CPU {'; '.join(cpu)}"

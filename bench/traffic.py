@@ -1,7 +1,7 @@
 """What the kernels load and store, in bytes a token and channel, beside what every implementation has to.
 
 The kernels are interpreted and each of their accesses to memory is counted. What PyTorch does between them is not: sums
-over the chunks, numbers of packed sequences. "k 3.00 (1.5 times)" is read 1.5 times.
+over the chunks, numbers of packed sequences. "k 3.00 (1.5 times)" is read 1.5 times. Written to traffic.json as well.
 """
 
 import itertools
@@ -16,6 +16,7 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 try:
+    import unmeasured
     from command_line import COMPLEX_DTYPES, DTYPES, Parser, names, positive
     from operator_base import Shape
     from operators import OPERATORS
@@ -31,6 +32,8 @@ from fastwkv.kernels.wkv_bwd import wkv_bwd
 
 ALL_DTYPES = DTYPES | COMPLEX_DTYPES
 DEFAULT_DTYPES = ["bfloat16", "float32", "complex64"]
+CHANNELS = 64
+COLUMNS = "{:<17} {:<15} {:<10} {:>6} {:>6} {:>10} {:>6}  {}"
 MULTIPLE = 128  # of every number of tokens that a kernel treats at once
 
 
@@ -71,15 +74,42 @@ def compulsory(operator: str, which: str, dtype: str) -> int:
     return OPERATORS[operator].traffic[which.partition(",")[0]].elements * ALL_DTYPES[dtype].itemsize
 
 
-def _tensors(accesses: dict[tuple[str, str], Access], elements: int) -> str:
-    shown = []
-    for name, access in merged(accesses).items():
-        if access.total / elements < 0.005:
-            continue
-        times = access.total / access.distinct
-        again = f" ({times:.3g} times)" if times > 1.01 else ""
-        shown.append(f"{name.removesuffix('_ptr')} {access.total / elements:.2f}{again}")
-    return ", ".join(shown)
+def case_rows(operator: str, dtype: str, shape: Shape, chunk: int | None = None) -> Iterator[dict[str, Any]]:
+    """Return a row for every pass of an operator: bytes a token and channel, and how often each one was touched."""
+    elements = math.prod(shape)
+    where = {"dtype": dtype, **dict(zip("BTC", shape, strict=True)), "chunk": chunk}
+    for which, counter in counted(operator, dtype, shape, chunk).items():
+        found, least = counter.total / elements, compulsory(operator, which, dtype)
+        yield {
+            "op": operator,
+            "pass": which,
+            **where,
+            "bytes": found,
+            "compulsory": least,
+            "ratio": found / least,
+            "loaded": _tensors(counter.loads, elements),
+            "stored": _tensors(counter.stores, elements),
+        }
+
+
+def _tensors(accesses: dict[tuple[str, str], Access], elements: int) -> dict[str, dict[str, float]]:
+    return {
+        name.removesuffix("_ptr"): {"bytes": access.total / elements, "times": access.total / access.distinct}
+        for name, access in merged(accesses).items()
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = "; ".join(", ".join(_shown(row[way])) for way in ("loaded", "stored"))
+    numbers = row["chunk"] or "-", f"{row['bytes']:.2f}", row["compulsory"], f"{row['ratio']:.2f}"
+    return COLUMNS.format(row["op"], row["pass"], row["dtype"], *numbers, parts)
+
+
+def _shown(tensors: dict[str, dict[str, float]]) -> Iterator[str]:
+    for name, one in tensors.items():
+        if one["bytes"] >= 0.005:
+            again = f" ({one['times']:.3g} times)" if one["times"] > 1.01 else ""
+            yield f"{name} {one['bytes']:.2f}{again}"
 
 
 def main() -> None:
@@ -91,21 +121,18 @@ def main() -> None:
     option("--dtypes", type=names("dtype", known), default=DEFAULT_DTYPES, metavar="LIST", help=", ".join(known))
     option("--tokens", type=positive, default=512, metavar="N", help="of the one sequence (%(default)s)")
     option("--chunk", type=positive, default=128, metavar="N", help="tokens a chunk, where time is split (%(default)s)")
+    unmeasured.add_out(parser)
     args = parser.parse_args()
+    unmeasured.check(args.out, "traffic", parser)
 
-    shape = (1, args.tokens, 64)
-    elements = math.prod(shape)
-    columns = "{:<17} {:<15} {:<10} {:>6} {:>6} {:>10} {:>6}  {}"
-    print(columns.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored"))
-    cases = itertools.product(args.ops, args.dtypes, (None, args.chunk))
-    for operator, dtype, chunk in cases:
-        if dtype not in OPERATORS[operator].dtypes:
-            continue
-        for which, counter in counted(operator, dtype, shape, chunk).items():
-            found, least = counter.total / elements, compulsory(operator, which, dtype)
-            parts = f"{_tensors(counter.loads, elements)}; {_tensors(counter.stores, elements)}"
-            figures = f"{found:.2f}", least, f"{found / least:.2f}", parts
-            print(columns.format(operator, which, dtype, chunk or "-", *figures))
+    record = unmeasured.record("traffic", {"channels": CHANNELS, "tokens": args.tokens, "chunk": args.chunk})
+    print(COLUMNS.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored"))
+    for operator, dtype, chunk in itertools.product(args.ops, args.dtypes, (None, args.chunk)):
+        if dtype in OPERATORS[operator].dtypes:
+            for row in case_rows(operator, dtype, (1, args.tokens, CHANNELS), chunk):
+                print(_line(row))
+                record["rows"].append(row)
+    unmeasured.write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The model of a GPU: each of its terms alone, and what they make together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from compiled_gpu import LOAD_CYCLES, Figures
-from gpu_model import LAUNCH_SECONDS, PASSES, SHAPES, Device, Pass, kernel_terms, predict
+from gpu_model import LAUNCH_SECONDS, PASSES, Device, Pass, kernel_terms, predict
+from operator_base import GPU_SHAPES
 
 from fastwkv.kernels.config import Launch
 
@@ -94,14 +96,21 @@ def test_time_in_chunks_costs_another_pass_and_launches():
 
 
 @pytest.mark.xdist_group("compiled")  # whose tests have left these kernels in Triton's cache
-def test_command_line_predicts_every_pass_and_says_that_it_predicts():
+def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     pytest.importorskip("triton", reason="Triton exists on Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
     command = [sys.executable, SCRIPT, "--dtypes", "float32"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, _, *rows = done.stdout.splitlines()
+    first, _, *lines = done.stdout.partition("\n\nwrote")[0].splitlines()
     assert "Predictions" in first
-    assert len(rows) == len(SHAPES) * len(PASSES)
-    assert all(0 < float(row.split()[-2]) <= 1 for row in rows)
+    record = json.loads((tmp_path / "gpu_model.json").read_text())
+    assert record["device"] == {"type": "none", "name": "computed, nothing measured"}
+    assert (record["settings"]["target"], list(record["settings"]["assumed"])) == ("sm_90", ["h200"])
+    rows = record["rows"]
+    assert [(row["B"], row["T"], row["C"], row["pass"]) for row in rows] == [
+        (*shape, which) for shape in GPU_SHAPES for which in PASSES
+    ]
+    assert [line.split()[-2] for line in lines] == [f"{row['fraction']:.2f}" for row in rows]
+    assert all(0 < row["fraction"] <= 1 for row in rows)

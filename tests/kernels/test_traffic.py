@@ -1,7 +1,12 @@
 """In one pass the kernels move what every implementation has to, and the saved state once each way."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from traffic_counter import TrafficCounter, merged
 CASES = [("bfloat16", 128), ("bfloat16", 123), ("float32", 123)]
 SCANS = [*CASES, ("complex64", 123)]
 CHANNELS = 64
+SCRIPT = Path(__file__).parents[2] / "bench" / "traffic.py"
 counted_once = cache(counted)
 
 
@@ -119,3 +125,22 @@ def test_counter_finds_what_lies_beside_every_tensor():
     y = torch.zeros(9)[:4]
     with TrafficCounter(), pytest.raises(triton.runtime.errors.InterpreterError, match="leaves its tensors"):
         _copy_and_sum[(1,)](x, y, total, COLUMNS=5, BLOCK=8)
+
+
+def test_command_line_prints_and_writes_what_was_counted(tmp_path):
+    command = [sys.executable, SCRIPT, "--ops", "linear_scan_fixed", "--dtypes", "bfloat16", "--tokens", "256"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "traffic.json").read_text())
+    assert record["device"] == {"type": "none", "name": "computed, nothing measured"}
+    rows = {(row["pass"], row["chunk"]): row for row in record["rows"]}
+    assert list(rows) == [(which, chunk) for chunk in (None, 128) for which in ("forward", "backward")]
+    assert rows["forward", None]["stored"]["h"] == {"bytes": 2, "times": 1}
+    assert rows["forward", 128]["loaded"]["x"] == {"bytes": 4, "times": 2}
+    for row in rows.values():
+        moved = sum(one["bytes"] for way in ("loaded", "stored") for one in row[way].values())
+        assert row["bytes"] == pytest.approx(moved, rel=1e-4)
+        assert row["ratio"] == pytest.approx(row["bytes"] / row["compulsory"], rel=1e-4)
+        assert f" {row['bytes']:.2f} " in done.stdout
+    assert "x 4.00 (2 times)" in done.stdout

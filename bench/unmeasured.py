@@ -1,0 +1,35 @@
+"""Result files of what is computed for GPUs and measured on none: those of compiled.py, traffic.py and gpu_model.py."""
+
+from pathlib import Path
+from typing import Any
+
+import result_file
+from about import about_software
+from command_line import Parser, check_writable
+
+# In the place of the device that other files name: no row is taken for a measurement.
+DEVICE = {"type": "none", "name": "computed, nothing measured"}
+
+
+def add_out(parser: Parser) -> None:
+    """Add the option --out."""
+    text = "where to write (default: the current folder)"
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help=text)
+
+
+def check(folder: Path, benchmark: str, parser: Parser) -> None:
+    """End the program if its results cannot be written into the folder, or would replace what is none of its own."""
+    check_writable(folder, parser)
+    result_file.keep_other_hardware(folder / f"{benchmark}.json", DEVICE, parser)
+
+
+def record(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a run that begins, without rows yet."""
+    return {"benchmark": benchmark, "device": DEVICE, **about_software(), "settings": settings, "rows": []}
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record and say where."""
+    path = folder / f"{record['benchmark']}.json"
+    result_file.write(path, record)
+    print(f"\nwrote {path}")
