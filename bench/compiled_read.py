@@ -29,12 +29,12 @@ class Code:
     @property
     def instructions(self) -> int:
         """How many there are in the loop."""
-        return sum(bool(re.match(r"\s*[@A-Za-z]", one.text)) for one in self.loop)
+        return _instructions(self.loop)
 
     @property
     def special(self) -> int:
         """Exponentials, reciprocals and roots in the loop."""
-        return sum(bool(SPECIAL.search(one.text)) for one in self.loop)
+        return _special(self.loop)
 
     def widths(self, way: str) -> "Counter[int]":
         """Return the bytes a lane of the loads, or with ``way`` "store" the stores, of the loop and their numbers."""
@@ -79,37 +79,54 @@ def cuda_loop(code: str) -> list[Instruction]:
     for index, line in enumerate(lines):
         jump = re.search(r"BRA\S* (?:\S+, )*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", line.text)
         if jump and jump[1] and addresses.get(int(jump[1], 16), index) < index:
-            loops.append((addresses[int(jump[1], 16)], index))
+            loops.append(lines[addresses[int(jump[1], 16)] : index + 1])
     return _main_loop(lines, loops)
 
 
 def _read_hip(code: str) -> Code:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
     spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1])
-    lines = code.splitlines()
-    labels = {match[1]: index for index, line in enumerate(lines) if (match := re.match(r"(\.LBB\w+):", line))}
-    loops = []
-    for index, line in enumerate(lines):
-        jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
-        if jump and labels.get(jump[1], index) < index:
-            loops.append((labels[jump[1]], index))
-    return Code(registers, spilled, _main_loop([Instruction(line.partition(";")[0]) for line in lines], loops))
+    return Code(registers, spilled, hip_loop(code))
 
 
-def _main_loop(lines: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -> list[Instruction]:
-    """Return the loop with the most special functions; all of a kernel that has no loop.
+def hip_loop(code: str) -> list[Instruction]:
+    """Return the main loop of LLVM's assembly, by the comments at its blocks: a jump backwards may just be one home.
 
-    Of several with as many the shortest, which knows of no masks; of those without any the longest, which has the work.
-    A loop around another one does not count.
+    The loops inside a loop are not part of it.
+    """
+    loops: dict[str, list[Instruction]] = {}
+    lines: list[Instruction] = []
+    label = loop = ""
+    for line in code.splitlines():
+        if block := re.match(r"\.L(BB\w+):|; %bb\.\d+:", line):
+            label, loop = block[1] or "", ""
+        if member := re.search(r"in Loop: Header=(BB\w+)", line):
+            loop = member[1]
+        elif re.search(r"=>\s*This (?:Inner )?Loop Header", line):
+            loop = label
+        lines.append(Instruction(line.partition(";")[0]))
+        if loop:
+            loops.setdefault(loop, []).append(lines[-1])
+    return _main_loop(lines, list(loops.values()))
+
+
+def _main_loop(lines: list[Instruction], loops: Sequence[list[Instruction]]) -> list[Instruction]:
+    """Return the loop with the most special functions an instruction; all of a kernel that has no loop.
+
+    A copy of it that knows of masks has more instructions, and so has a loop around it. Of several without special
+    functions it is the one with the most loads and stores, of as many the shortest.
     """
 
-    def weight(loop: tuple[int, int]) -> tuple[int, int]:
-        special = sum(bool(SPECIAL.search(one.text)) for one in lines[loop[0] : loop[1] + 1])
-        length = loop[1] - loop[0]
-        return special, -length if special else length
+    def weight(loop: list[Instruction]) -> tuple[float, int, int]:
+        instructions = _instructions(loop)
+        return _special(loop) / instructions, sum(bool(_access(one.text)) for one in loop), -instructions
 
-    inner = [
-        one for one in loops if not any(one[0] <= other[0] and other[1] <= one[1] for other in loops if other != one)
-    ]
-    first, last = max(inner, key=weight, default=(0, len(lines) - 1))
-    return list(lines[first : last + 1])
+    return max(loops, key=weight, default=lines)
+
+
+def _instructions(lines: Sequence[Instruction]) -> int:
+    return sum(bool(re.match(r"\s*[@A-Za-z]", one.text)) for one in lines)
+
+
+def _special(lines: Sequence[Instruction]) -> int:
+    return sum(bool(SPECIAL.search(one.text)) for one in lines)

@@ -164,7 +164,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     shared = compiled.metadata.shared
     lanes = warps * TARGETS[target].warp_size
     elements = rows * max(1, block // lanes)  # of the main loop, a lane
-    loads, stores = code.widths("load"), code.widths("store")
+    loads, stores = (dict(sorted(code.widths(way).items())) for way in ("load", "store"))
     found = Figures(
         variant.name,
         dtype if variant.streams or dtype in COMPLEX else acc.replace("fp", "float"),
