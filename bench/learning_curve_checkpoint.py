@@ -30,7 +30,8 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             before = json.loads((file.metadata() or {})["settings"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no mapping
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, KeyError, ValueError) as error:
         raise WrongCheckpoint(f"{str(path)!r} is not a checkpoint of this program") from error
     now = json.loads(json.dumps(settings))  # as it would be read: tuples are lists

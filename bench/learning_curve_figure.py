@@ -2,15 +2,15 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import figures
 import matplotlib.pyplot as plt
-from gen_time_figure import FAINT, INK, LABEL_GAP, STYLE, Json, spread
+from gen_time_figure import FAINT, LABEL_GAP, STYLE, Json
 from learning_curve_models import NAMES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,34 +34,24 @@ def draw(record: Json, path: Path) -> None:
         seen.set_ylabel("loss (bits a byte)")
         _yardsticks(seen, record)
         _labels(time, rows)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            figure.savefig(part, dpi=130, format="png")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-            plt.close(figure)
+        figures.save(figure, path, dpi=130)
 
 
 def _title(figure: Figure, record: Json) -> None:
-    device, settings, text = record["device"], record["settings"], record["text"]
-    threads = f"{device['threads']} thread{'s' * (device['threads'] > 1)}"
-    where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {threads}"
-    figure.text(0.02, 0.935, "Learning from text: RWKV-4 beside a transformer of its size", fontsize=23, weight="bold")
+    settings = record["settings"]
     million = max(row["parameters"] for row in record["rows"]) / 1e6
     what = f"{million:.2g} million parameters, {settings['layers']} layers, width {settings['width']}"
     what = f"{what}, windows of {settings['length']} bytes"
-    line = f"Bytes of {text['title']}  ·  {what}  ·  points: held-out text  ·  {where}"
-    figure.text(0.02, 0.885, line, fontsize=14, color="#5a5a5a")
+    where = figures.device_name(record["device"])
+    line = f"Bytes of {record['text']['title']}  ·  {what}  ·  points: held-out text  ·  {where}"
+    figures.title(figure, "Learning from text: RWKV-4 beside a transformer of its size", line)
 
 
 def _panel(axes: Axes, title: str, unit: str, record: Json, steps: list[float]) -> None:
     """A line a model, and a point for what was held out; ``steps`` says how wide a step of each is drawn."""
     axes.set_title(title, loc="left", fontsize=14.5, pad=12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="both", color=FAINT, labelleft=True)
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.tick_params(labelleft=True)
+    figures.panel(axes, grid="both")
     settings, rows = record["settings"], record["rows"]
     for row, step in zip(rows, steps, strict=True):
         x = [step * settings["steps_a_point"] * (n + 0.5) for n in range(len(row["curve"]))]
@@ -88,27 +78,18 @@ def _yardsticks(axes: Axes, record: Json) -> None:
 
 
 def _labels(axes: Axes, rows: list[Json]) -> None:
-    """Name each line in the right margin, level with its end or as near as its neighbours allow."""
-    axes.figure.canvas.draw()
-    scale = axes.figure.dpi / 72
-    width, top = axes.bbox.width / scale, axes.bbox.height / scale
+    """Name each line in the right margin."""
     ends = [line.get_xydata()[0] for line in axes.get_lines()[1::2]]  # the points of what was held out
-    pixels = [axes.transData.transform((x, y if math.isfinite(y) else axes.get_ylim()[1])) for x, y in ends]
-    points = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
-    heights = spread([y for _, y in points], 2.4 * LABEL_GAP, 60, top - 20)
-    for row, (x, y), height in zip(rows, points, heights, strict=True):
-        colour = COLOURS[row["model"]]
-        common: Json = {"xycoords": "axes points", "textcoords": "offset points", "annotation_clip": False}
-        place = (width + 26, height)
-        axes.annotate(NAMES[row["model"]], place, (0, 1), va="bottom", weight="bold", color=colour, **common)
+    labels = []
+    for row, (x, y) in zip(rows, ends, strict=True):
         lines = [option.replace("_", " ") for option in row["options"]]
         lines.append(f"held out: {_number(row['bits']):.3f}")
         if row["model"] == "rwkv4":
             lines.append(f"{_number(row['carried_bits']):.3f} with its state carried")
         lines.append(f"{row['steps_per_second']:.1f} steps/s")
-        axes.annotate("\n".join(lines), place, (0, -2), va="top", fontsize=11.5, color=INK, **common)
-        link = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 0, "shrinkB": 0, "alpha": 0.6}
-        axes.annotate("", (x + 6, y), place, "axes points", "axes points", link, annotation_clip=False)
+        end = x, y if math.isfinite(y) else axes.get_ylim()[1]
+        labels.append(figures.Label(end, NAMES[row["model"]], "\n".join(lines), COLOURS[row["model"]]))
+    figures.label(axes, labels, 2.4 * LABEL_GAP, low=60, below_top=20)
 
 
 if __name__ == "__main__":  # redraw: learning_curve_figure.py learning_curve.json learning_curve.png

@@ -1,7 +1,6 @@
 """The figure of lru_steps.py: accuracy on the digits step by step of the paper, and copying as it is learned."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -9,8 +8,9 @@ from statistics import mean
 import matplotlib
 
 matplotlib.use("Agg")
+import figures
 import matplotlib.pyplot as plt
-from gen_time_figure import FAINT, INK, LABEL_GAP, STYLE, Json, spread
+from gen_time_figure import FAINT, LABEL_GAP, STYLE, Json
 from lru_steps_models import NAMES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,29 +43,17 @@ def draw(record: Json, path: Path) -> None:
         figure, (bars, curves) = plt.subplots(1, 2, figsize=(18, 7.2), width_ratios=(1, 1))
         figure.subplots_adjust(left=0.175, right=0.815, top=0.79, bottom=0.105, wspace=0.42)
         _title(figure, record)
-        for axes in (bars, curves):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(which="both", color=FAINT)
-            axes.set_axisbelow(True)
         _digits(bars, record)
         _copy(curves, record)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            figure.savefig(part, dpi=130, format="png")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-            plt.close(figure)
+        figures.save(figure, path, dpi=130)
 
 
 def _title(figure: Figure, record: Json) -> None:
-    device, seeds = record["device"], record["settings"]["seeds"]
-    threads = f"{device['threads']} thread{'s' * (device['threads'] > 1)}"
-    where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {threads}"
+    seeds = record["settings"]["seeds"]
     trained = f"{seeds} trainings each (points, bands)" if seeds > 1 else "one training each"
-    figure.text(0.02, 0.935, "From a tanh RNN to the LRU: what makes a recurrence remember", fontsize=23, weight="bold")
+    where = figures.device_name(record["device"])
     line = f"Networks alike but for the recurrence, with equally many parameters  ·  {trained}  ·  {where}"
-    figure.text(0.02, 0.885, line, fontsize=14, color="#5a5a5a")
+    figures.title(figure, "From a tanh RNN to the LRU: what makes a recurrence remember", line)
 
 
 def _digits(axes: Axes, record: Json) -> None:
@@ -74,7 +62,7 @@ def _digits(axes: Axes, record: Json) -> None:
     models = [name for name in NAMES if any(row["model"] == name for row in rows)]
     axes.set_title("Digits as 64 pixels, told from the last state", loc="left", fontsize=14.5, pad=12)
     axes.set(xlim=(0, 100), xlabel="test accuracy (%)", ylim=(max(len(models), 1) - 0.5, -0.65), yticks=[])
-    axes.grid(True, axis="x", color="#e6e6e6", linewidth=0.8)
+    figures.panel(axes, grid="x")
     axes.axvline(CHANCE["digits"], color=FAINT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=4)
     axes.annotate(xy=(CHANCE["digits"], -0.65), xytext=(4, -3), **GUESS)
     if not models:
@@ -99,7 +87,7 @@ def _copy(axes: Axes, record: Json) -> None:
     """One line a model and delay: the mean of the seeds, in a band from the lowest to the highest."""
     axes.set_title("Copy memory: ten symbols, after a delay", loc="left", fontsize=14.5, pad=12)
     axes.set(xlabel="training steps", ylabel="symbols right (%)", ylim=(0, 103))
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    figures.panel(axes, grid="both")
     axes.axhline(CHANCE["copy"], color=FAINT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
     axes.annotate(xy=(0, CHANCE["copy"]), xytext=(6, -5), **GUESS)
     every = record["settings"]["steps_a_point"]
@@ -126,23 +114,12 @@ def _copy(axes: Axes, record: Json) -> None:
 
 
 def _labels(axes: Axes, ends: dict[tuple[str, int], tuple[float, float]]) -> None:
-    """Name each line in the right margin, level with its end or as near as its neighbours allow."""
-    axes.figure.canvas.draw()
-    scale = axes.figure.dpi / 72
-    width, top = axes.bbox.width / scale, axes.bbox.height / scale
-    order = sorted(ends, key=lambda key: -ends[key][1])
-    pixels = [axes.transData.transform(ends[key]) for key in order]
-    starts = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
-    heights = spread([y for _, y in starts], LABEL_GAP, 14, top)
-    for (model, delay), (x, y), height in zip(order, starts, heights, strict=True):
-        colour, weight = COLOURS[model], "bold" if model == "lru" else "normal"
-        common: Json = {"xycoords": "axes points", "textcoords": "offset points", "annotation_clip": False}
-        place = (width + 26, height)
-        axes.annotate(NAMES[model], place, (0, 0), va="bottom", weight=weight, color=colour, **common)
-        text = f"delay {delay}: {ends[model, delay][1]:.0f} %"
-        axes.annotate(text, place, (0, -2), va="top", fontsize=11.5, color=INK, **common)
-        link = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 0, "shrinkB": 0, "alpha": 0.6}
-        axes.annotate("", (x + 4, y), place, "axes points", "axes points", link, annotation_clip=False)
+    """Name each line in the right margin."""
+    labels = []
+    for (model, delay), end in sorted(ends.items(), key=lambda item: -item[1][1]):
+        text, weight = f"delay {delay}: {end[1]:.0f} %", "bold" if model == "lru" else "normal"
+        labels.append(figures.Label(end, NAMES[model], text, COLOURS[model], weight))
+    figures.label(axes, labels, LABEL_GAP, low=14)
 
 
 if __name__ == "__main__":  # redraw: lru_steps_figure.py lru_steps.json lru_steps.png

@@ -1,6 +1,5 @@
 """The figure of ops.py: an operator's speed as a fraction of the copy bandwidth, shape by shape, peers beside it."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import matplotlib
 import result_file
 
 matplotlib.use("Agg")
+import figures
 import matplotlib.pyplot as plt
 from command_line import Parser, check_writable
 from gen_time_figure import FAINT, INK, STYLE, Json
@@ -69,13 +69,7 @@ def _draw(operator: str, rows: list[Json], record: Json, path: Path) -> None:
             drawn = [row["fraction"] for row in rows if row["dtype"] == dtype and row["pass"] in passes]
             line[0].set(ylabel="fraction of copy bandwidth", ylim=(0.6 * min(drawn, default=1), 2 * max(1, *drawn, 1)))
         _title(figure, operator, rows, record, height)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            figure.savefig(part, dpi=100, format="png")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-            plt.close(figure)
+        figures.save(figure, path, dpi=100)
 
 
 def _panel(axes: Axes, rows: list[Json], record: Json) -> None:
@@ -84,10 +78,7 @@ def _panel(axes: Axes, rows: list[Json], record: Json) -> None:
     providers = _providers(rows)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(True, axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="both", color=FAINT)
+    figures.panel(axes, grid="y")
     axes.axhline(1, color=FAINT, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
     for x in range(1, len(places)):
         axes.axvline(x - 0.5, color="#eeeeee", linewidth=1, zorder=0)
@@ -126,10 +117,9 @@ def _providers(rows: list[Json]) -> list[str]:
 
 def _title(figure: Figure, operator: str, rows: list[Json], record: Json, height: float) -> None:
     device = record["device"]
-    where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {device['threads']} threads"
-    figure.text(0.02, 1 - 0.48 / height, TITLES.get(operator, operator), fontsize=23, weight="bold")
     line = f"Bytes that have to be moved over the time taken, as a fraction of a copy's {record['copy_gbps']:.0f} GB/s"
-    figure.text(0.02, 1 - 0.86 / height, f"{line}  ·  {where}", fontsize=14, color="#5a5a5a")
+    heights = 1 - 0.48 / height, 1 - 0.86 / height
+    figures.title(figure, TITLES.get(operator, operator), f"{line}  ·  {figures.device_name(device)}", heights)
     handles = [
         plt.Line2D([], [], linestyle="", marker=LOOKS.get(name, (INK, "."))[1], color=LOOKS.get(name, (INK, "."))[0],
                    markersize=9, label=name)

@@ -1,6 +1,6 @@
 """The extension that BlinkDL's training code compiles, without a compiler: one import in front, the rest as there."""
 
-import fastwkv.integrations.blinkdl_extension  # isort: skip  # noqa: F401
+import fastwkv.integrations.blinkdl_extension  # isort: skip  # noqa: F401 (it exchanges `load`, so it comes first)
 
 import torch
 from torch.utils.cpp_extension import load
