@@ -8,9 +8,8 @@ from typing import Any
 from fastwkv.cli.output import progress, write
 from fastwkv.cli.position import Position, advance
 from fastwkv.cli.text import Text
-from fastwkv.nn import RWKV4, generate
+from fastwkv.nn import RWKV4, generate, prefill
 
-_PIECE = 4096  # tokens read at once: enough for full speed, while memory does not grow with the prompt
 _CONTEXT = 8  # tokens before the new text that its decoding may depend on: of a character, or of the space after a word
 
 
@@ -63,8 +62,9 @@ class Session:
 
     def _read_prompt(self) -> None:
         total = self._read + len(self._tokens)
-        for start in range(0, len(self._tokens), _PIECE):
-            piece = self._tokens[start : start + _PIECE]
+        step = prefill.piece_length(batch=1)
+        for start in range(0, len(self._tokens), step):
+            piece = self._tokens[start : start + step]
             self._position = advance(self._model, self._position, piece)
             self._read += len(piece)
             self._read_until = time.perf_counter()

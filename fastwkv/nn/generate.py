@@ -1,11 +1,14 @@
 """Text generation, a token at a time."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from fastwkv.nn.cuda_graph import Graph, RecordingError, why_no_graph
+from fastwkv.nn.prefill import read
 from fastwkv.nn.rwkv4 import RWKV4
 from fastwkv.nn.state import RWKV4State
 
@@ -19,16 +22,24 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     state: RWKV4State | None = None,
+    graph: bool | None = None,
 ) -> "Generation":
     """Continue a batch of texts, yielding each new token as soon as it is known.
 
-    The prompt is read in parallel, then every token costs one recurrent step: the same time and memory at any length.
+    The prompt is read in parallel, in pieces of a fixed number of tokens (:func:`fastwkv.nn.prefill.read` says how the
+    numbers compare with those of one piece). Then every token costs one recurrent step: the same time and memory at any
+    length.
     A token is the most likely one at temperature 0. Otherwise it is drawn from softmax(logits / temperature),
     restricted to the smallest set of most likely tokens whose probabilities reach ``top_p`` together ("The Curious
     Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1).
 
     The model runs in inference mode, the code between two yields does not. Arguments are checked at the call, not at
     the first token.
+
+    On a GPU the second token is also recorded, all layers and the draw, in a CUDA graph of this call's own, and every
+    later one is a single launch of it: the same tokens, without the time that a host takes to start each kernel.
+    Between tokens the weights may be changed in place, but not replaced, moved or converted; hooks and contexts that
+    come later are not seen. Nothing here waits for the device, with a graph or without.
 
     Args:
         model: an :class:`~fastwkv.nn.RWKV4`.
@@ -38,13 +49,17 @@ def generate(
         top_p: above 0, at most 1. With temperature 0 it changes nothing.
         seed: of this call's own random generator, on the device of the model; None draws a new one.
         state: what the model remembers of the text before the prompt; empty if None.
+        graph: whether to record. None: if the model is on a GPU, has no forward hooks, is not compiled or being
+            compiled, autocast is off and no other graph is being recorded; what then turns out to be impossible to
+            record goes on without, and a warning says why. True: for certain, or an error.
 
     Returns:
         an iterator over int64 ``[B]``, one new token of every text, that also knows the state: :class:`Generation`.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range, or ``tokens`` or ``state`` does not fit the model.
+        ValueError: an argument is out of range, ``tokens`` or ``state`` does not fit the model, or ``graph`` is True
+            and there is a reason against it, which may show at the second token.
 
     """
     if not isinstance(model, RWKV4):
@@ -59,15 +74,21 @@ def generate(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+    if graph is not None and not isinstance(graph, bool):
+        raise TypeError(f"graph must be a bool or None, got {type(graph).__name__}")
     model.check_inputs(tokens, state)
-    generator = torch.Generator(model.head.weight.device)
+    device = model.head.weight.device
+    generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return Generation(
-        model, tokens, max_new_tokens, partial(sample, temperature=temperature, top_p=top_p, generator=generator), state
-    )
+    reason = "it is not wanted" if graph is False else why_no_graph(model, device)
+    if graph and reason:
+        raise ValueError(f"graph=True cannot be: {reason}")
+    draw = partial(sample, temperature=temperature, top_p=top_p, generator=generator)
+    recorder = None if reason else Graph(device, generator)
+    return Generation(model, tokens, max_new_tokens, draw, state, recorder, must_record=graph is True)
 
 
 class Generation(Iterator[Tensor]):
@@ -78,24 +99,64 @@ class Generation(Iterator[Tensor]):
         model: RWKV4,
         tokens: Tensor,
         max_new_tokens: int,
-        sample: Callable[[Tensor], Tensor],
+        draw: Callable[[Tensor], Tensor],
         state: RWKV4State | None,
+        graph: Graph | None = None,
+        must_record: bool = False,
     ) -> None:
         self._model = model
-        self._tokens = tokens
+        self._prompt = tokens
         self._left = max_new_tokens
-        self._sample = sample
-        self._state = state
+        self._draw = draw
+        self._first_state = state
+        self._step: _Step | None = None
+        self._graph = graph
+        self._must_record = must_record
+        self._recorded = False
 
     def __next__(self) -> Tensor:
         if not self._left:
             raise StopIteration
-        with torch.inference_mode():
-            x, self._state = self._model.features(self._tokens, self._state)
-            token = self._sample(self._model.head(x[:, -1]))
-            self._tokens = token[:, None]
+        if self._step is None:
+            self._step = self._read_prompt(self._prompt)
+        elif self._graph is None or (self._left == 1 and not self._recorded):  # no token would follow the recording
+            with torch.inference_mode():
+                self._step()
+        elif self._recorded:
+            self._graph.replay()
+        else:
+            self._record(self._step, self._graph)
         self._left -= 1
-        return token.clone()  # made outside inference mode, so that the caller may train on it
+        return self._step.token.clone()  # made outside inference mode, so that the caller may train on it
+
+    def _read_prompt(self, prompt: Tensor) -> "_Step":
+        with torch.inference_mode():
+            x, state = read(self._model, prompt, self._first_state)
+            return _Step(self._model, self._draw, self._draw(self._model.head(x)), state)
+
+    def _record(self, step: "_Step", graph: Graph) -> None:
+        """Make a token and record how, if that is still possible."""
+        self._graph = None
+        reason = why_no_graph(self._model, step.token.device)
+        if reason is None:
+            try:
+                graph.capture(step)
+                self._graph, self._recorded = graph, True
+            except RecordingError as error:
+                reason = str(error)
+                if not self._must_record:
+                    warnings.warn(f"generating without a CUDA graph: {reason}", stacklevel=3)
+        else:
+            with torch.inference_mode():
+                step()
+        if reason is not None and self._must_record:
+            self._left = 0
+            raise ValueError(f"graph=True cannot be: {reason}")
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether tokens are launches of a CUDA graph, which they can be from the third on."""
+        return self._recorded
 
     @property
     def state(self) -> RWKV4State | None:
@@ -103,7 +164,30 @@ class Generation(Iterator[Tensor]):
 
         To continue, hand it to :func:`generate` with the latest token as the prompt.
         """
-        return None if self._state is None else self._state.clone()
+        state = self._first_state if self._step is None else self._step.state
+        return None if state is None else state.clone()
+
+
+class _Step:
+    """A call makes the next token from the latest, in memory that stays where it is: what a CUDA graph can hold.
+
+    Args:
+        model: the model.
+        draw: draws a token ``[B]`` from logits ``[B, V]``.
+        token: int64 ``[B]``, the latest token, which has not been read.
+        state: what came before it.
+
+    """
+
+    def __init__(self, model: RWKV4, draw: Callable[[Tensor], Tensor], token: Tensor, state: RWKV4State) -> None:
+        self._model = model
+        self._draw = draw
+        with torch.inference_mode(False):  # what is made in inference mode could not be written outside of it
+            self.token, self.state = token.clone(), state.clone()
+
+    def __call__(self) -> None:
+        x = self._model.step_(self.token, self.state)
+        self.token.copy_(self._draw(self._model.head(x)))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -114,7 +198,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)  # however small it is
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
+        # In float64: GPUs add in an order that differs from run to run, which no token should depend on.
+        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
         # The likeliest token always stays: nothing comes before it.
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

@@ -153,13 +153,27 @@ class RWKV4(nn.Module):
         if state is None:
             state = self.empty_state(tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         one_token = tokens.shape[1] == 1
-        x = self.embeddings(tokens[:, 0] if one_token else tokens)
+        x, state = self._read(tokens[:, 0] if one_token else tokens, state, cu_seqlens)
+        return x[:, None] if one_token else x, state
+
+    def step_(self, tokens: Tensor, state: RWKV4State) -> Tensor:
+        """Read one token of every text, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
+
+        For loops that :meth:`features` is too slow for, and for CUDA graphs: the state stays where it is in memory.
+        Nothing is checked, and nothing can be differentiated.
+        """
+        with torch.no_grad():
+            return self._read(tokens, state, out=state)[0]
+
+    def _read(
+        self, tokens: Tensor, state: RWKV4State, cu_seqlens: Tensor | None = None, out: RWKV4State | None = None
+    ) -> tuple[Tensor, RWKV4State]:
+        x = self.embeddings(tokens)
         states = []
         for block, block_state in zip(self.blocks, state.unbind(), strict=True):
             x, block_state = self._run(block, x, block_state, cu_seqlens)
             states.append(block_state)
-        x = self.ln_out(x)
-        return x[:, None] if one_token else x, RWKV4State.stack(states)
+        return self.ln_out(x), RWKV4State.stack(states, out)
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RWKV4State]:
         if self.gradient_checkpointing and torch.is_grad_enabled():

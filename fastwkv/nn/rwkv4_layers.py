@@ -234,7 +234,9 @@ def _shift(x: Tensor, x_before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if x.dim() == 2:
         return x
-    return x[:, -1] if cu_seqlens is None else x[0].index_select(0, cu_seqlens[1:] - 1)
+    if cu_seqlens is None:
+        return x[:, -1].clone()  # a view would keep all of x, in every layer, for as long as the state lives
+    return x[0].index_select(0, cu_seqlens[1:] - 1)
 
 
 def orthogonal_(weight: Tensor, gain: float) -> None:

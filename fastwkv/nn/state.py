@@ -83,10 +83,16 @@ class RWKV4State(NamedTuple):
         return [RWKV4State(a, f, WKVState(*s)) for a, f, *s in zip(att, ffn, num, den, top, strict=True)]
 
     @staticmethod
-    def stack(states: list["RWKV4State"]) -> "RWKV4State":
-        """Join the states of all blocks: the inverse of :meth:`unbind`."""
+    def stack(states: list["RWKV4State"], out: "RWKV4State | None" = None) -> "RWKV4State":
+        """Join the states of all blocks: the inverse of :meth:`unbind`. With ``out`` it is written there."""
         att_x, ffn_x, wkv = zip(*states, strict=True)
-        return RWKV4State(torch.stack(att_x), torch.stack(ffn_x), WKVState(*map(torch.stack, zip(*wkv, strict=True))))
+        parts = (att_x, ffn_x, *zip(*wkv, strict=True))
+        if out is not None:
+            for part, whole in zip(parts, (out.att_x, out.ffn_x, *out.wkv), strict=True):
+                torch.stack(part, out=whole)
+            return out
+        att, ffn, *sums = map(torch.stack, parts)
+        return RWKV4State(att, ffn, WKVState(*sums))
 
 
 def empty_wkv_state(shape: tuple[int, ...], like: Tensor) -> WKVState:

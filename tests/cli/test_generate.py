@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastwkv.cli import session
 from fastwkv.cli.main import main
-from fastwkv.nn import RWKV4, RWKV4State
+from fastwkv.nn import RWKV4, RWKV4State, prefill
 
 PROMPT = "Call me Ishmael."
 
@@ -23,13 +23,18 @@ PROMPT = "Call me Ishmael."
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens the model is given in each of its passes."""
-    found, features = [], RWKV4.features
+    found, features, step = [], RWKV4.features, RWKV4.step_
 
     def recorded(self: RWKV4, tokens: Tensor, state: RWKV4State | None = None) -> Any:
         found.append(tokens.shape[1])
         return features(self, tokens, state)
 
+    def one_recorded(self: RWKV4, tokens: Tensor, state: RWKV4State) -> Tensor:
+        found.append(1)
+        return step(self, tokens, state)
+
     monkeypatch.setattr(RWKV4, "features", recorded)
+    monkeypatch.setattr(RWKV4, "step_", one_recorded)
     return found
 
 
@@ -116,7 +121,7 @@ def test_long_prompt_is_read_in_pieces(write, lengths, monkeypatch) -> None:
     assert lengths == [len(PROMPT) - 1, *[1] * 12]
     for piece in (1, 3, 5):  # 5 divides what is read before the first new token
         lengths.clear()
-        monkeypatch.setattr(session, "_PIECE", piece)
+        monkeypatch.setattr(prefill, "PIECE", piece)
         assert write("--prompt", PROMPT, "--tokens", 12) == whole
         assert max(lengths) == piece
         assert sum(lengths) == len(PROMPT) - 1 + 12
@@ -177,7 +182,7 @@ def test_report_says_how_fast_each_part_was(options, report, folder, run, monkey
 
 
 def test_terminal_shows_progress_and_a_file_does_not(folder, run, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_PIECE", 10)
+    monkeypatch.setattr(prefill, "PIECE", 10)
     done = run("generate", "--model", folder, "--prompt", PROMPT, "--tokens", 0, stderr=Terminal())
     assert re.findall(r"read (\d+) of 16 tokens", done.err) == ["11", "16"]
     assert "\x1b[K\nfastwkv: read 16" in done.err  # the line is cleared before the report
@@ -185,21 +190,27 @@ def test_terminal_shows_progress_and_a_file_does_not(folder, run, monkeypatch) -
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Let Ctrl-C come in this pass of the model."""
-    passes, features = [], RWKV4.features
+    passes: list[str] = []
 
-    def stopping(self: RWKV4, *args: Any) -> Any:
-        passes.append(1)
-        result = features(self, *args)
-        if len(passes) == after:
-            raise KeyboardInterrupt
-        return result
+    def stop(name: str) -> None:
+        method = getattr(RWKV4, name)
 
-    monkeypatch.setattr(RWKV4, "features", stopping)
+        def stopping(self: RWKV4, *args: Any) -> Any:
+            passes.append(name)
+            result = method(self, *args)
+            if len(passes) == after:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(RWKV4, name, stopping)
+
+    stop("features")
+    stop("step_")
 
 
 @pytest.mark.parametrize("after", [1, 3, 5, 9])  # of 4 passes that read and 8 that write
 def test_interrupted_text_is_continued_exactly(after, folder, tmp_path, write, run, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_PIECE", 4)
+    monkeypatch.setattr(prefill, "PIECE", 4)
     state = tmp_path / "s.safetensors"
     whole = write("--prompt", PROMPT, "--tokens", 8)
     with monkeypatch.context() as patched:

@@ -1,0 +1,125 @@
+"""A function on a GPU that is recorded once and launched as a whole: a CUDA graph.
+
+A model that generates a token starts hundreds of small kernels, and a host takes longer to start most of them than a
+GPU to run them. One launch of a graph starts them all.
+"""
+
+import contextlib
+import functools
+import gc
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+
+_RECORDING = threading.Lock()  # the stream that is recorded is one for all
+_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator may go on asking them whose memory it hands out
+
+
+class RecordingError(RuntimeError):
+    """A function could not be recorded."""
+
+
+class Graph:
+    """A function that reads and writes fixed memory, as a CUDA graph.
+
+    Args:
+        device: the GPU.
+        generator: what the function draws random numbers from. Every run takes the next ones, as a call would.
+
+    """
+
+    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
+        self._device = device
+        self._generator = generator
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, body: Callable[[], None]) -> None:
+        """Run ``body`` once, then record it, which runs nothing. Nothing waits for the device.
+
+        The run compiles and sets up what a recording must not, on the same stream, so that it needs no other workspace.
+        Neither is in inference mode: what PyTorch keeps for its generators, and for all graphs to come, is made here.
+
+        Raises:
+            RecordingError: ``body`` has run, but it cannot be recorded, because it waits for the device, say.
+
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device), _RECORDING:
+            before, side = torch.cuda.current_stream(), _side_stream(self._device)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self._generator)
+            side.wait_stream(before)
+            try:
+                with torch.cuda.stream(side):
+                    body()
+                    try:
+                        _record(graph, body)
+                    except RuntimeError as error:
+                        _FAILED.append(graph)
+                        self._release_generators()
+                        raise RecordingError(str(error).partition("\n")[0]) from error
+            finally:
+                before.wait_stream(side)
+        self._graph = graph
+
+    def _release_generators(self) -> None:
+        """Let generators be drawn from again that still wait for the end of a recording that has failed."""
+        assert self._device.index is not None
+        for generator in (self._generator, torch.cuda.default_generators[self._device.index]):
+            generator.graphsafe_set_state(generator.clone_state())  # the same numbers, and free
+
+    def replay(self) -> None:
+        """Run what was recorded, on the current stream."""
+        assert self._graph is not None
+        self._graph.replay()
+
+
+def _record(graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:
+    with _no_garbage_collection():  # which might free what must not be freed meanwhile
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the GPU
+        try:
+            body()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream to record on, which cannot be the default one: cuBLAS keeps a workspace for each there is."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
+    """Return why what ``model`` does on ``device`` had better not be recorded, None if nothing is known against it."""
+    if device.type != "cuda":
+        return f"the model is on {device}, and only a GPU has CUDA graphs"
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on, which keeps copies of the weights for as long as it lasts"
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return "all modules have forward hooks, which a graph would not call"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has forward hooks, which a graph would not call"
+        if module._compiled_call_impl is not None:
+            return f"{name or 'the model'} is compiled, and may be compiled anew while it is recorded"
+    if torch.cuda.is_current_stream_capturing():
+        return "another graph is being recorded"
+    return None
