@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve clean
+.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
@@ -19,7 +19,7 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix && $(BIN)/ruff format
 
-ops accuracy compiled lru_steps hf_speed learning_curve: .venv/ready  ## the other benchmarks
+ops accuracy compiled lru_steps hf_speed learning_curve decode: .venv/ready  ## the other benchmarks
 	$(BIN)/python bench/$@.py
 
 .venv/ready: pyproject.toml constraints.txt

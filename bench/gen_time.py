@@ -1,8 +1,9 @@
 """Cumulative time to generate a text, token by token: RWKV-4 against transformers of the same size.
 
 The measurement of figure 7 of "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048), batch 1. RWKV-4
-carries its state (protocol "recurrent"). Transformers are Hugging Face's classes with random weights, under two
-protocols: "recompute" reads the whole text again for every token, which is what the paper measured, and "kv-cache"
+carries its state (protocol "recurrent"), by fastwkv.nn.generate; "graph" tells whether its tokens were launches of a
+CUDA graph, which that records with the second token. Transformers are Hugging Face's classes with random weights, under
+two protocols: "recompute" reads the whole text again for every token, which is what the paper measured, and "kv-cache"
 carries keys and values, which is what people run.
 
 What is timed. From handing over the prompt to having each new token, with the device synchronised after each; the
@@ -18,6 +19,7 @@ by 1/token, so that every octave counts the same.
 import argparse
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -42,6 +44,10 @@ WARM_UP = 64  # tokens
 SAVE_EVERY = 2.0  # seconds
 
 
+class OutOfTimeError(Exception):
+    """The minutes that were given are over."""
+
+
 class Run:
     """All series of one call of the program, and the files they are written to."""
 
@@ -55,6 +61,7 @@ class Run:
             for protocol in (["recurrent"] if name == models.RWKV else args.protocols)
         ]
         self.saved = time.monotonic()
+        self.deadline = math.inf if args.minutes is None else self.saved + 60 * args.minutes
         self.bar = {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10}  # a log file needs few lines
         self.about = {
             "benchmark": "gen_time",
@@ -89,10 +96,13 @@ class Run:
                 series.status = "interrupted"  # until it ends in another way
                 failure = None
                 try:
+                    self._look_at_the_clock()
                     if model is None:
                         model = self._build(name)
                     self._run_series(series, model)
                     series.status = "complete"
+                except OutOfTimeError:
+                    series.status = "out of time"
                 except Exception as error:
                     if not models.is_out_of_memory(error):
                         raise
@@ -124,16 +134,22 @@ class Run:
         ):
             warm_up = start()
             for _ in range(min(WARM_UP, self.args.tokens)):
-                next(warm_up)
-            del warm_up
+                carried = next(warm_up)
+            series.graph = models.uses_graph(carried)
+            del warm_up, carried
 
             def tick() -> None:
                 bar.update()
+                self._look_at_the_clock()
                 if time.monotonic() - self.saved > SAVE_EVERY:
                     self.save()
 
             measure(series, start, self.args.tokens, synchronize, tick)
             bar.total = bar.n  # a slow series makes fewer passes than it may
+
+    def _look_at_the_clock(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTimeError
 
     def save(self) -> None:
         """Write gen_time.json, whole or not at all."""

@@ -1,4 +1,4 @@
-"""The figure of gen_time.py: cumulative time against tokens, on linear and on logarithmic axes."""
+"""The figure of gen_time.py: cumulative time against tokens, and the memory that is carried from token to token."""
 
 import json
 import math
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from gen_time_series import in_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 Json = dict[str, Any]
 
@@ -41,82 +42,81 @@ LABEL_GAP = 40.0  # points from one label to the next
 def draw(record: Json, path: Path) -> None:
     """Draw the series of a gen_time.json as ``path``, a PNG."""
     series = [s for s in record["series"] if s["tokens"] > 0]
+    # "recompute" carries nothing but the text.
+    carrying = [s for s in series if s["protocol"] != "recompute" and s["state_or_cache_bytes"]]
     with plt.style.context(STYLE):
-        figure, (linear, log) = plt.subplots(1, 2, figsize=(16, 7))
-        figure.subplots_adjust(left=0.05, right=0.838, top=0.795, bottom=0.105, wspace=0.745)
+        figure, (time, memory) = plt.subplots(1, 2, figsize=(16, 7))
+        figure.subplots_adjust(left=0.055, right=0.838, top=0.795, bottom=0.105, wspace=0.76)
         _title(figure, record)
-        for axes in (linear, log):
-            for one in series:
-                _line(axes, one)
+        for axes, shown, key in ((time, series, "cumulative_seconds"), (memory, carrying, "state_or_cache_bytes")):
+            for one in shown:
+                _line(axes, one, one[key])
             axes.set_xlabel("tokens generated", labelpad=8)
-            axes.set_ylabel("cumulative time (seconds)", labelpad=8)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(which="both", color=FAINT)
             axes.grid(True, color="#e6e6e6", linewidth=0.8)
             axes.set_axisbelow(True)
-        linear.set_title("Linear axes", loc="left", fontsize=14.5, pad=12)
-        log.set_title("Logarithmic axes: the slope is the exponent", loc="left", fontsize=14.5, pad=12)
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
+            axes.xaxis.set_major_formatter(_thousands)
+            if shown:
+                axes.set_xlim(0, max(s["tokens"] for s in series))
+        time.set_title("Cumulative seconds, times RWKV-4, and their growth", loc="left", fontsize=14.5, pad=12)
+        memory.set_title("Memory of the state, or of the cache", loc="left", fontsize=14.5, pad=12)
+        memory.set_yscale("log")
+        memory.yaxis.set_major_formatter(lambda value, _: in_bytes(value).replace(".0 ", " "))
+        memory.yaxis.set_minor_formatter(NullFormatter())
         if series:
-            end = max(s["tokens"] for s in series)
-            linear.set(xlim=(0, end), ylim=(0, 1.04 * max(s["cumulative_seconds"][-1] for s in series)))
-            linear.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
-            log.set(xscale="log", yscale="log", xlim=(1, max(end, 2)))
-            for axis in (log.xaxis, log.yaxis, linear.xaxis):
-                axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-            _guides(log)
             rwkv = [s for s in series if s["name"] == "rwkv4"]
-            _labels(linear, series, lambda s: _total(s, rwkv))
-            _labels(log, series, _exponent)
+            time.set_ylim(0, 1.04 * max(s["cumulative_seconds"][-1] for s in series))
+            time.yaxis.set_major_formatter(_thousands)
+            _labels(time, series, "cumulative_seconds", lambda s: _total(s, rwkv))
+        if carrying:
+            sizes = [s["state_or_cache_bytes"] for s in carrying]
+            memory.set_ylim(min(map(min, sizes)) / 2, 2 * max(map(max, sizes)))
+            _labels(memory, carrying, "state_or_cache_bytes", _carried)
         figure.savefig(path, dpi=150, format="png")
         plt.close(figure)
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value:,.6g}"
 
 
 def _title(figure: Figure, record: Json) -> None:
     settings, device = record["settings"], record["device"]
     where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {device['threads']} threads"
     what = f"{settings['layers']} layers, width {settings['width']}, random weights"
-    figure.text(0.05, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
+    figure.text(0.055, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
     how = f"batch 1, {settings['dtype']}, prompt of {settings['prompt_tokens']:,} tokens"
     line = f"Models of the same size ({what})  ·  {how}  ·  {where}"
-    figure.text(0.05, 0.88, line, fontsize=14, color="#5a5a5a")
+    figure.text(0.055, 0.88, line, fontsize=14, color="#5a5a5a")
 
 
-def _line(axes: Axes, series: Json) -> None:
-    tokens, seconds = range(1, series["tokens"] + 1), series["cumulative_seconds"]
-    colour = COLOURS[series["name"]]
-    axes.plot(tokens, seconds, color=colour, **LINES[series["protocol"]])
+def _line(axes: Axes, series: Json, values: list[float]) -> None:
+    tokens, colour = range(1, len(values) + 1), COLOURS[series["name"]]
+    axes.plot(tokens, values, color=colour, **LINES[series["protocol"]])
     if series["status"] == "out of memory":
-        axes.plot(tokens[-1], seconds[-1], "X", color=colour, markersize=11, zorder=5, clip_on=False)
-
-
-def _guides(axes: Axes) -> None:
-    """Two short lines of slope 1 and 2 in the empty corner above the curves."""
-    (_, end), (_, top) = axes.get_xlim(), axes.get_ylim()
-    start, stop = end**0.06, end**0.3
-    for power, name in ((1, "slope 1: linear"), (2, "slope 2: quadratic")):
-        low = 0.6 * top / (stop / start) ** 2
-        high = low * (stop / start) ** power
-        axes.plot([start, stop], [low, high], color=FAINT, linewidth=1.2, zorder=1)
-        axes.annotate(name, (stop, high), (6, -3), textcoords="offset points", color="#6a6a6a", fontsize=12)
+        axes.plot(tokens[-1], values[-1], "X", color=colour, markersize=11, zorder=5, clip_on=False)
 
 
 def _total(series: Json, rwkv: list[Json]) -> str:
-    total = series["cumulative_seconds"][-1]
-    if not rwkv or series is rwkv[0] or rwkv[0]["tokens"] != series["tokens"]:
-        return f"{_short(total)} s"
-    return f"{_short(total)} s, {_short(total / rwkv[0]['cumulative_seconds'][-1], 2)}× RWKV-4"
+    total, power = series["cumulative_seconds"][-1], series["exponent"]
+    text = f"{_short(total)} s"
+    if rwkv and series is not rwkv[0] and rwkv[0]["tokens"] == series["tokens"]:
+        text += f", {_short(total / rwkv[0]['cumulative_seconds'][-1], 2)}×"
+    return text if power is None else f"{text}, ∝ tokens$^{{\\,{power:.2f}}}$"
 
 
-def _exponent(series: Json) -> str:
-    power = series["exponent"]
-    return "" if power is None else f"time ∝ tokens$^{{\\,{power:.2f}}}$"
+def _carried(series: Json) -> str:
+    first, *_, last = sizes = series["state_or_cache_bytes"] * 2
+    return in_bytes(last) + (", at any length" if len(set(sizes)) == 1 else f", from {in_bytes(first)}")
 
 
-def _labels(axes: Axes, series: list[Json], detail: Callable[[Json], str]) -> None:
+def _labels(axes: Axes, series: list[Json], key: str, detail: Callable[[Json], str]) -> None:
     """Write the name of each line in the right margin, level with its end, and move labels apart that would touch."""
     axes.figure.canvas.draw()
     scale = axes.figure.dpi / 72  # pixels a point; labels are placed in points from the lower left of the axes
-    pixels = [axes.transData.transform((s["tokens"], s["cumulative_seconds"][-1])) for s in series]
+    pixels = [axes.transData.transform((len(s[key]), s[key][-1])) for s in series]
     ends = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
     width, top = axes.bbox.width / scale, axes.bbox.height / scale
     heights = spread([y for _, y in ends], LABEL_GAP, 14, top)

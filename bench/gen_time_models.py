@@ -4,13 +4,15 @@ A protocol is an iterator. Every step computes one token, greedily, and yields w
 first step reads the prompt as well. All of them compute the logits of the last position only.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastwkv.nn import RWKV4, RWKV4Config, RWKV4State
+from fastwkv.nn import RWKV4, RWKV4Config, generate
+from fastwkv.nn.generate import Generation
 
 RWKV = "rwkv4"
 TRANSFORMERS = ("gpt-neox", "opt", "bloom", "gpt-neo")
@@ -63,13 +65,11 @@ def _transformer(name: str, size: RWKV4Config, positions: int) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-def recurrent(model: RWKV4, tokens: Tensor) -> Iterator[RWKV4State]:
-    """RWKV: read each token once, carry the state."""
-    state = None
-    while True:
-        x, state = model.features(tokens, state)
-        tokens = model.head(x[:, -1]).argmax(-1, keepdim=True)
-        yield state
+def recurrent(model: RWKV4, tokens: Tensor) -> Iterator[Generation]:
+    """RWKV: read each token once, carry the state; on a GPU as one CUDA graph."""
+    generation = generate(model, tokens, sys.maxsize)
+    for _ in generation:
+        yield generation
 
 
 def recompute(model: Any, tokens: Tensor) -> Iterator[Tensor]:
@@ -100,9 +100,18 @@ PROTOCOLS: dict[str, Callable[[Any, Tensor], Iterator[Any]]] = {
 
 def carried_bytes(carried: Any) -> int:
     """Bytes of what a protocol carries from one token to the next: a state, a cache or the text."""
-    if isinstance(carried, (RWKV4State, Tensor)):
+    if isinstance(carried, Generation):
+        state = carried.state
+        assert state is not None
+        return state.nbytes
+    if isinstance(carried, Tensor):
         return carried.nbytes
     return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in carried.layers)
+
+
+def uses_graph(carried: Any) -> bool | None:
+    """Whether the tokens were launches of a CUDA graph; None where nothing asks for one."""
+    return carried.uses_graph if isinstance(carried, Generation) else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

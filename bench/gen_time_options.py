@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gen_time_models as models
 import torch
-from command_line import DTYPES, Parser, check_writable, device, names
+from command_line import DTYPES, Parser, check_writable, device, names, positive
 
 PROMPT = "Alice was beginning to get very tired of sitting by her sister on the bank"
 PROTOCOLS = ("recompute", "kv-cache")
@@ -22,6 +22,7 @@ examples:
   python bench/gen_time.py
   python bench/gen_time.py --size 169m --tokens 256 --models rwkv4,opt,bloom
   python bench/gen_time.py --device cuda --size 3b --dtype bfloat16 --protocols kv-cache --out results
+  python bench/gen_time.py --tokens 16384 --protocols kv-cache --minutes 8
 
 Weights are random: time does not depend on them. Interrupt at any moment: what was measured is written."""
 
@@ -63,6 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--prompt", type=Path, metavar="FILE", help="text to continue, its bytes as tokens (default: half a sentence)"
     )
+    limit = "what is not measured by then is left out (default: no limit)"
+    option("--minutes", type=positive, metavar="N", help=limit)
     option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
     option("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
     args = parser.parse_args(arguments)

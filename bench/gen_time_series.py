@@ -28,6 +28,7 @@ class Series:
     parameters: int | None = None
     seconds: list[list[float]] = field(default_factory=list)  # of each token, one list a pass
     carried: list[int] = field(default_factory=list)  # bytes after each token
+    graph: bool | None = None  # whether tokens were launches of one
 
     @property
     def cumulative(self) -> list[float]:
@@ -44,6 +45,7 @@ class Series:
             "protocol": self.protocol,
             "status": self.status,
             "parameters": self.parameters,
+            "graph": self.graph,
             "passes": len(self.seconds),
             "tokens": len(cumulative),
             "exponent": exponent(cumulative),
@@ -103,7 +105,7 @@ def table(series: list[Series], tokens: int) -> str:
                 *(f"{cumulative[mark - 1]:.3f}" if len(cumulative) >= mark else "-" for mark in marks),
                 "-" if power is None else f"{power:.3f}",
                 *(f"{np.median(part):.2f}" if len(part) else "-" for part in (times[:window], times[-window:])),
-                _bytes(one.carried[-1]) if one.carried else "-",
+                in_bytes(one.carried[-1]) if one.carried else "-",
                 "" if one.status == "complete" else f"{one.status} at token {len(cumulative):,}",
             ]
         )
@@ -112,7 +114,8 @@ def table(series: list[Series], tokens: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: float) -> str:
+    """Write a number of bytes with its unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

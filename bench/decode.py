@@ -1,0 +1,176 @@
+"""How fast RWKV-4 generates, as a fraction of what reading its weights allows, and how fast it reads a long prompt.
+
+"decode" is fastwkv.nn.generate with a state carried. The time of a token is that between the third, after which all are
+alike, and the last, for which alone the host waits, over their number; then the median of the rounds, in which a run
+with a CUDA graph and one without take turns. Tokens are drawn at temperature 1 unless --temperature says otherwise.
+With the same seed both runs must draw the same, else the program ends with status 1.
+
+"weight_bytes" are those of the parameters that every token reads: all but the embedding, of which it is the rows of its
+own tokens. The limit, "limit_ms", is weight_bytes / copy_gbps: the time that they take at the bandwidth at which the
+device copies, measured in the same run, bytes read and bytes written both counted (a copy of n bytes moves 2 n).
+"fraction" is the limit over the time that was measured.
+
+"prefill" is the time from handing over a prompt to having its first new token. "peak_bytes" is the most memory that
+this took beyond what was there before: on a GPU the allocator's, on a CPU that of all tensors that operations return,
+counted in a run of its own.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import gen_time_models as models
+    import ops_cuda
+    import ops_timing
+    import result_file
+    from about import about_device, about_software
+    from command_line import DTYPES, Parser, check_writable, device, names, positive
+    from decode_run import EMPTY, decode_rows, parameters_read, prefill_row
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"decode.py: {error}; pip install -e '.[bench]' installs what it needs")
+
+TOKENS, QUICK_TOKENS = 128, 8
+PREFILL, QUICK_PREFILL = 16384, 64
+ROUNDS, QUICK_ROUNDS = 5, 2
+BUSY = 0.1  # cores of other processes
+
+
+class Run:
+    """One call of the program and the file that it writes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Take the copy bandwidth; no model is built yet."""
+        self.args = args
+        gpu = args.device.type == "cuda"
+        self.rows: list[dict[str, Any]] = []
+        self.about = {
+            "benchmark": "decode",
+            "device": about_device(args.device),
+            **about_software(),
+            "settings": {
+                **{name: getattr(args, name) for name in ("batch", "tokens", "rounds", "temperature", "seed", "quick")},
+                "prefill_tokens": args.prefill,
+            },
+            "limit": "weight_bytes / copy_gbps, which counts bytes read and bytes written",
+            "copy_gbps": (
+                ops_cuda.copy_bandwidth(ops_cuda.Cuda(args.device)) if gpu else ops_timing.copy_bandwidth(args.device)
+            ),
+        }
+
+    def save(self) -> None:
+        """Write decode.json."""
+        result_file.write(self.args.out / "decode.json", {**self.about, "rows": self.rows})
+
+    def run(self) -> None:
+        """Measure every size and dtype, one model in memory at a time."""
+        cases = [(size, dtype) for size in self.args.sizes for dtype in self.args.dtypes]
+        for size, dtype in tqdm(cases, disable=None):
+            common = {"size": size, "dtype": dtype, "batch": self.args.batch}
+            try:
+                self._measure(size, dtype, common)
+            except Exception as error:
+                if not models.is_out_of_memory(error):
+                    raise
+                failed = {"pass": "decode", **common, **EMPTY, "status": "failed", "reason": "out of memory"}
+                self.rows.append(failed)
+            self.save()
+
+    def _measure(self, size: str, dtype: str, common: dict[str, Any]) -> None:
+        args = self.args
+        model = models.build("rwkv4", models.SIZES[size], 0, args.device, DTYPES[dtype], args.seed)
+        common = {**common, "weight_bytes": parameters_read(model, args.batch)}
+        for row in decode_rows(model, args, self.about["copy_gbps"]):
+            self.rows.append({"pass": "decode", **common, **row})
+            self.save()
+        self.rows.append({"pass": "prefill", **common, **prefill_row(model, args)})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Lay out what was measured in markdown."""
+    head = ["", "", "ms", "tokens/s", "of the limit", "peak memory"]
+    lines, others = [], []
+    for row in rows:
+        what = row["pass"] + {True: ", graph", False: ", no graph", None: ""}[row["graph"]]
+        case = f"{row['size']} {row['dtype']}, batch {row['batch']}"
+        if row["status"] != "ok":
+            others.append(f"{case}, {what}: {row['status']}, {row['reason']}")
+            continue
+        fraction = "" if row["fraction"] is None else f"{row['fraction']:.2f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
+        lines.append([case, what, f"{row['ms']:.4g}", f"{row['tokens_per_second']:.4g}", fraction, peak])
+    return "\n".join([result_file.markdown(head, lines, texts=2), *others])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    head, *rest = __doc__.split("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="decode.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    option = parser.add_argument
+    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    sizes = f"comma-separated, of {', '.join(models.SIZES)} (default: on a GPU 169m,3b, on a CPU 169m)"
+    option("--sizes", type=names("size", models.SIZES), metavar="LIST", help=sizes)
+    dtypes = f"comma-separated, of {', '.join(DTYPES)} (default: on a GPU float32,bfloat16, on a CPU float32)"
+    option("--dtypes", type=names("dtype", DTYPES), metavar="LIST", help=dtypes)
+    option("--batch", type=positive, default=1, metavar="N", help="texts at once (default: 1)")
+    option("--tokens", type=positive, metavar="N", help=f"to be timed (default: {TOKENS}, with --quick {QUICK_TOKENS})")
+    option("--prefill", type=positive, metavar="N", help=f"(default: {PREFILL}, with --quick {QUICK_PREFILL})")
+    option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
+    option("--temperature", type=temperature, default=1.0, metavar="X", help="0 takes the most likely (default: 1)")
+    option("--quick", action="store_true", help="a tiny model and short texts: seconds, and no measure of anything")
+    option("--seed", type=int, default=0, metavar="N", help="of weights, prompt and draws (default: 0)")
+    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    args = parser.parse_args(arguments)
+    args.device = device(args.device, parser)
+    gpu = args.device.type == "cuda"
+    args.sizes = args.sizes or (["tiny"] if args.quick else ["169m", "3b"] if gpu else ["169m"])
+    args.dtypes = args.dtypes or (["float32", "bfloat16"] if gpu else ["float32"])
+    args.tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    args.prefill = args.prefill or (QUICK_PREFILL if args.quick else PREFILL)
+    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    check_writable(args.out, parser)
+    result_file.keep_other_hardware(args.out / "decode.json", about_device(args.device), parser)
+    return args
+
+
+def temperature(text: str) -> float:
+    """Read a temperature."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status: 1 if a graph gave other tokens."""
+    args = parse(arguments)
+    run = Run(args)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 0
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        status = 130
+        print("\ninterrupted: writing what was measured", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        run.save()
+    print(f"\n{table(run.rows)}\n\nwrote {args.out / 'decode.json'}")
+    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
+    if busy > BUSY and args.device.type == "cpu":
+        print(f"decode.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr)
+    wrong = [row for row in run.rows if row["status"] == "wrong"]
+    for row in wrong:
+        print(f"decode.py: {row['size']} {row['dtype']}: {row['reason']}", file=sys.stderr)
+    return status or int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
