@@ -13,17 +13,18 @@ from compiled_read import read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_step, wkv, wkv_bwd, wkv_carry, wkv_step
+from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_carry, linear_scan_step, wkv, wkv_bwd, wkv_carry, wkv_step
 from fastwkv.kernels.config import (
     BACKWARD_REGISTERS,
     CARRY_GROUP,
     FORWARD_REGISTERS,
     FP_FUSION,
-    SCAN_BACKWARD_ROWS,
     SCAN_ROWS,
+    SCAN_STAGES,
     STAGES,
     checkpoint_rows,
     scan_launch,
+    scan_rows,
     wkv_launch,
 )
 
@@ -113,11 +114,11 @@ VARIANTS = [
     *scan_variants(
         "backward",
         linear_scan_bwd._linear_scan_bwd_kernel,
-        SCAN_BACKWARD_ROWS,
+        SCAN_ROWS,
         STATES,
         {"ga_ptr", "gx_ptr", "h_ptr"},
     ),
-    variant("scan carry", linear_scan._linear_scan_carry_kernel, 1, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
+    variant("scan carry", linear_scan_carry._linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
     variant("scan step", linear_scan_step._linear_scan_step_kernel, 1, set(), FIXED=False, LOG=False),
 ]
 
@@ -139,14 +140,14 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     size = {"float64": 8, "float32": 4}.get(element, 2) * (2 if dtype in COMPLEX else 1)
     launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
     rows = variant.rows
-    if variant.scan and rows == SCAN_ROWS and dtype in COMPLEX:
-        rows //= 2
+    if variant.scan and rows == SCAN_ROWS:
+        rows = scan_rows(2 if dtype in COMPLEX else 1, size >= 4)
     if not variant.scan and rows == TILE and acc == "fp64":
         rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)
     constants = {
         "ROWS": rows,
-        "STAGES": STAGES,
+        "STAGES": SCAN_STAGES if variant.scan else STAGES,
         "GROUP": CARRY_GROUP,
         "BLOCK_C": block,
         "BLOCK": block,

@@ -11,16 +11,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def before(t, end, c, C: tl.constexpr):
-    """Mask of the channels of token t, all of them out where t is not before ``end``."""
-    if C // c.shape[0] * c.shape[0] == C:
-        return tl.zeros_like(c) + t < end  # the same for all channels: one predicate, not one for each
-    return c < tl.where(end > t, C, 0)
-
-
-@triton.jit
 def rows_of(tile, ROWS: tl.constexpr):
-    """Return the 4 or 16 rows of a tile [rows, channels], every lane holding a channel of each.
+    """Return the 4, 8 or 16 rows of a tile [rows, channels], every lane holding a channel of each.
 
     Read one by one, rows of 32 channels would make loads of 2 or 4 bytes a lane. A tile is read 16 bytes a lane, ahead
     of time where the loop says so (num_stages), and handed over through shared memory.
@@ -58,7 +50,54 @@ def tile_of(rows, ptr, ROWS: tl.constexpr):
     return parts[0]
 
 
-INTERPRETED = tl.constexpr(not isinstance(before, triton.JITFunction))
+@triton.jit
+def tile_offsets(rows, block, BLOCK_C: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr):
+    """Return how far the parts of a block's numbers of these rows are from number 0 of row 0, and which exist."""
+    columns = block * (BLOCK_C * PARTS) + tl.arange(0, BLOCK_C * PARTS)
+    inside = (columns < C * PARTS) if C % BLOCK_C else tl.full([BLOCK_C * PARTS], True, tl.int1)
+    offsets = rows[:, None] * (STEP * PARTS) + columns[None, :]
+    inside = inside[None, :]
+    return offsets, inside
+
+
+@triton.jit
+def numbers_of(tile, ROWS: tl.constexpr, like):
+    """Return the rows of a tile of numbers [rows, channels * parts], each in the form and dtype of ``like``."""
+    PARTS: tl.constexpr = len(like)
+    if PARTS == 2:
+        re, im = tl.split(tl.reshape(tile, [ROWS, tile.shape[1] // 2, 2]))
+        parts = (rows_of(re, ROWS), rows_of(im, ROWS))
+    else:
+        parts = (rows_of(tile, ROWS),)
+    rows = ()
+    for i in tl.static_range(ROWS):
+        row = ()
+        for part in tl.static_range(PARTS):
+            row = row + (parts[part][i].to(like[0].dtype),)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _part_of(rows, part: tl.constexpr, ROWS: tl.constexpr):
+    column = ()
+    for i in tl.static_range(ROWS):
+        column = column + (rows[i][part],)
+    return column
+
+
+@triton.jit
+def tile_of_numbers(rows, ptr, ROWS: tl.constexpr):
+    """Return the tile of these rows of numbers, in the dtype that ``ptr`` points to."""
+    re = tile_of(_part_of(rows, 0, ROWS), ptr, ROWS)
+    if len(rows[0]) == 2:
+        im = tile_of(_part_of(rows, 1, ROWS), ptr, ROWS)
+        return tl.reshape(tl.join(re, im), [ROWS, 2 * re.shape[1]])
+    else:
+        return re
+
+
+INTERPRETED = tl.constexpr(not isinstance(rows_of, triton.JITFunction))
 
 
 @triton.jit

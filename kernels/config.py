@@ -26,11 +26,20 @@ CARRY_GROUP = 8
 """Summaries of chunks that the carry of WKV asks for at once. It takes them in order, and each would cost a latency."""
 
 SCAN_ROWS = 16
-"""Tokens whose a and x the kernel of the linear scan asks for at once; half as many complex ones, whose exact sums,
-unrolled 16 times, take 9 seconds to compile."""
+"""Tokens of a tile of the linear scan's inputs. A chunk is a multiple of them."""
 
-SCAN_BACKWARD_ROWS = 8
-"""The same of its backward kernel, which asks for a, h and gh."""
+SCAN_STAGES = 4
+"""Tiles of each input in shared memory, as STAGES. A token of the scan costs a warp half of what one of WKV does, so
+that more have to be on their way: three tiles of a and x are 6 KB a warp in 16 bits."""
+
+
+def scan_rows(parts: int, exact: bool) -> int:
+    """Tokens of a tile where numbers have one part or two, and their sums are exact or not.
+
+    Unrolled 16 times, exact complex sums take 9 seconds to compile.
+    """
+    return SCAN_ROWS // 2 if parts == 2 and exact else SCAN_ROWS
+
 
 FP_FUSION = False
 """Whether compilers may turn products and sums into fused multiply-adds where none is written. They may not: the exact
@@ -78,18 +87,23 @@ def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> L
     return _launch(B, T, C, 32, WARPS_WANTED * multiprocessors, rows)
 
 
+SCAN_ROW_BYTES = 130
+"""ROW_BYTES of the linear scan. One warp takes about 35 clocks a row; in chunks a forward pass moves 5e bytes in place
+of 3e, 5 * 130 / 18.6 = 35 clocks. A compiler's and a model's figures, not yet measured ones."""
 SCAN_WARPS_WANTED = 8
-"""The same for the scan. Of a bandwidth of 4.3 TB/s and a latency of about 0.8 µs, 26 KB a multiprocessor must be in
-flight; a warp of the forward kernel asks for 8 KB at once. A model's figure, not yet a measured one."""
+"""WARPS_WANTED of the linear scan. A warp moves 6e bytes a clock at most; eight have 48 KB on their way in 16 bits."""
 
 
 def scan_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
-    """Choose the launch shape for the linear scan on ``[B, T, C]``; ``itemsize`` is that of x, in bytes.
+    """Choose the launch shape for the linear scan on ``[B, T, C]``; ``itemsize`` is that of a number of x, in bytes.
 
-    A program is one warp that reads 8 bytes a lane and row, one number of 16 bytes. Sequences are split as far as it
-    takes to give every multiprocessor ``SCAN_WARPS_WANTED`` of them.
+    A program is one warp of one channel a lane, as in :func:`wkv_launch`. Complex numbers of 8 bytes and more take
+    about three times as many clocks a row as real ones, for their exact sums.
     """
-    return _launch(B, T, C, 32 * max(1, 8 // itemsize), SCAN_WARPS_WANTED * multiprocessors, SCAN_ROWS)
+    slow = 3 if itemsize >= 8 else 1
+    if B * C * itemsize >= slow * SCAN_ROW_BYTES * multiprocessors:
+        return Launch(32, 1, -(-T // SCAN_ROWS) * SCAN_ROWS)
+    return _launch(B, T, C, 32, SCAN_WARPS_WANTED * multiprocessors, SCAN_ROWS)
 
 
 def _launch(B: int, T: int, C: int, block_c: int, warps: int, rows: int) -> Launch:

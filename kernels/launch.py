@@ -11,10 +11,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def scan_dtypes(a: torch.dtype, x: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of the output h and of the states of a linear scan; 16 bits accumulate in float32."""
-    h = torch.promote_types(a, x)
-    return h, torch.promote_types(h, torch.float32)
+def scan_dtypes(a: Tensor, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the output h and of the states of a linear scan; 16 bits accumulate in float32.
+
+    Where x holds pairs, ``[B, T, C, 2]``, so does h, and states are complex.
+    """
+    h = torch.promote_types(a.dtype, x.dtype)
+    return x.dtype if x.dim() == 4 else h, torch.promote_types(h, torch.float32)
 
 
 def checkpoint_shape(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -40,8 +43,9 @@ def registers(most: int) -> dict[str, int]:
 
 def scan_launch_for(x: Tensor) -> Launch:
     """Choose the launch shape for the linear scan on the device of x."""
-    B, T, C = x.shape
-    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize)
+    B, T, C = x.shape[:3]
+    parts = 2 if x.dim() == 4 else 1
+    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize * parts)
 
 
 def _multiprocessors(t: Tensor) -> int:

@@ -34,30 +34,46 @@ from torch import Tensor
 
 from fastwkv.kernels.arithmetic import (
     LOG2_E,
-    before,
     exp_sum,
     filled,
     load,
+    numbers_of,
     plus_sum,
     rounded_sum,
     store,
-    times_state,
+    tile_of_numbers,
+    tile_offsets,
     times_sum,
 )
-from fastwkv.kernels.config import SCAN_ROWS, Launch
+from fastwkv.kernels.config import SCAN_STAGES, Launch, scan_rows
 from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
+from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.linear_scan_step import linear_scan_step
 
 __all__ = ["linear_scan_fwd", "linear_scan_step"]
 
 
 @triton.jit
-def load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr, EXACT: tl.constexpr):
-    """Read a, and with LOG and EXACT what its rounding cuts off: a tuple of one number, or two.
+def edges_of(edge_ptr, rows, inside):
+    """Return in which of these tokens, 16 at most, a sequence starts (bit 2 i of the result) or ends (bit 2 i + 1).
+
+    One number for all of them: the loads of a tile would wait for each of 16.
+    """
+    return tl.sum((tl.load(edge_ptr + rows, mask=inside, other=0) & 3) << (2 * rows), 0)
+
+
+@triton.jit
+def sequence_of(edge_ptr):
+    """Return the number of the sequence of a token."""
+    return (tl.load(edge_ptr) >> 2).to(tl.int64)
+
+
+@triton.jit
+def gate_of(a, LOG: tl.constexpr, EXACT: tl.constexpr):
+    """Return a of what a_ptr has, and with LOG and EXACT what its rounding cuts off: a tuple of one number, or two.
 
     Not None for the second: Triton below 3.7 lets no function return one beside a tensor.
     """
-    a = load(a_ptr, offset, mask, like)
     if not LOG:
         return (a,)
     elif EXACT:
@@ -70,38 +86,32 @@ def load_gate(a_ptr, offset, mask, like, LOG: tl.constexpr, EXACT: tl.constexpr)
 
 @triton.jit
 def _forward_rows(
-    offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
-    t, end, c, in_c, C: tl.constexpr, STEP: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low, t, end, c, in_c,
+    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns the state after them."""
-    gates = ()
-    xs = ()
-    for i in tl.static_range(ROWS):  # every load is issued before the first is waited for
-        in_row = before(t + i, end, c, C) if MASKED else in_c
-        gates = gates + (load_gate(a_ptr, offset + i * STEP, in_row, h, LOG, EXACT) if gate is None else gate,)
-        xs = xs + (load(x_ptr, offset + i * STEP, in_row, h),)
+    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns h of each and the state after them."""
+    hs = ()
     for i in tl.static_range(ROWS):
         if (not MASKED) or (end > t + i):
             if edge_ptr is not None:
-                edge = tl.load(edge_ptr + t + i)
-                if (edge & 1) != 0:
+                if ((edges >> (2 * i)) & 1) != 0:
                     low = filled(0.0, h)
                     h = filled(0.0, h)
                     if initial_ptr is not None:
-                        h = load(initial_ptr, (edge >> 2).to(tl.int64) * C + c, in_c, h)
-            a_low = gates[i][1] if LOG and EXACT else None
-            h, low = times_sum(gates[i][0], a_low, h, low, EXACT)
+                        h = load(initial_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, h)
+            a = gate if gates is None else gate_of(gates[i], LOG, EXACT)
+            a_low = a[1] if LOG and EXACT else None
+            h, low = times_sum(a[0], a_low, h, low, EXACT)
             h, low = plus_sum(h, low, xs[i], EXACT)
-            if h_ptr is not None:
-                rounded = rounded_sum(h, low) if EXACT else h
-                store(h_ptr, offset + i * STEP, rounded, in_c)
-                if edge_ptr is not None:
-                    if (edge & 2) != 0:
-                        store(final_ptr, (edge >> 2).to(tl.int64) * C + c, rounded, in_c)
-            else:
-                product, product_low = times_sum(gates[i][0], a_low, product, product_low, EXACT)
-    return h, low, product, product_low
+            if not OUTPUT:
+                product, product_low = times_sum(a[0], a_low, product, product_low, EXACT)
+            elif edge_ptr is not None:
+                if ((edges >> (2 * i + 1)) & 1) != 0:
+                    store(final_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(h, low), in_c)
+        if OUTPUT:
+            hs = hs + (rounded_sum(h, low) if EXACT else h,)
+    return hs, h, low, product, product_low
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -122,14 +132,18 @@ def _linear_scan_fwd_kernel(
     FIXED: tl.constexpr,  # a is [C]
     LOG: tl.constexpr,  # a_ptr has log a
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = final_ptr.dtype.element_ty
+    OUTPUT: tl.constexpr = h_ptr is not None
     chunks = tl.cdiv(T, chunk)
     row = tl.program_id(0).to(tl.int64)  # of B * chunks
     b = row // chunks
     begin = (row % chunks).to(tl.int32) * chunk
     end = tl.minimum(begin + chunk, T)
+    if not OUTPUT:  # nothing comes after the last chunk
+        end = tl.where(end == T, begin, end)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
 
@@ -138,72 +152,44 @@ def _linear_scan_fwd_kernel(
     low = h
     product = filled(1.0, h)
     product_low = h
-    gate = load_gate(a_ptr, c, in_c, h, LOG, EXACT) if FIXED else None
+    gate = gate_of(load(a_ptr, c, in_c, h), LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         h = load(carry_ptr, row * C + c, in_c, h)
-    elif (initial_ptr is not None) and ((edge_ptr is None) and (h_ptr is not None)):
+    elif (initial_ptr is not None) and ((edge_ptr is None) and OUTPUT):
         h = load(initial_ptr, b * C + c, in_c, h)
 
-    offset = (b * T + (begin if STEP > 0 else T - 1 - begin)) * C + c
+    rows = tl.arange(0, ROWS)
+    tile, in_tile = tile_offsets(rows, tl.program_id(1), BLOCK_C, C, STEP, PARTS)
+    start = (b * T + (begin if STEP > 0 else T - 1 - begin)) * (C * PARTS)
     full = begin + (end - begin) // ROWS * ROWS
-    for t in range(begin, full, ROWS):
-        h, low, product, product_low = _forward_rows(
-            offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
-            t, end, c, in_c, C, STEP, LOG, ROWS, EXACT, False,
+    for t in tl.range(begin, full, ROWS, num_stages=STAGES):
+        xs = numbers_of(tl.load(x_ptr + start + tile, mask=in_tile), ROWS, h)
+        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=in_tile), ROWS, h)
+        edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
+        hs, h, low, product, product_low = _forward_rows(
+            gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low,
+            t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, False,
         )  # fmt: skip
-        offset += ROWS * STEP
+        if OUTPUT:
+            tl.store(h_ptr + start + tile, tile_of_numbers(hs, h_ptr, ROWS), mask=in_tile)
+        start += ROWS * STEP * PARTS
     if full < end:
-        # Anew: with the offset of the loop, where C is odd, Triton 3.6 shuffles every pointer, and spills.
-        offset = (b * T + (full if STEP > 0 else T - 1 - full)) * C + c
-        h, low, product, product_low = _forward_rows(
-            offset, a_ptr, gate, x_ptr, initial_ptr, edge_ptr, h_ptr, final_ptr, h, low, product, product_low,
-            full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,
+        run = in_tile & (full + rows < end)[:, None]
+        xs = numbers_of(tl.load(x_ptr + start + tile, mask=run, other=0.0), ROWS, h)
+        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=run, other=0.0), ROWS, h)
+        edges = edges_of(edge_ptr + full, rows, full + rows < end) if edge_ptr is not None else 0
+        hs, h, low, product, product_low = _forward_rows(
+            gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low,
+            full, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, True,
         )  # fmt: skip
-    if h_ptr is None:
+        if OUTPUT:
+            tl.store(h_ptr + start + tile, tile_of_numbers(hs, h_ptr, ROWS), mask=run)
+    if not OUTPUT:
         store(final_ptr, row * C + c, rounded_sum(h, low), in_c)
         store(final_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
     elif edge_ptr is None:
         if end == T:
             store(final_ptr, b * C + c, rounded_sum(h, low), in_c)
-
-
-@triton.jit(do_not_specialize=["T", "chunk"])
-def _linear_scan_carry_kernel(
-    entry_ptr,  # [N, C], the state that enters the first chunk of every batch row; None: zero
-    summary_ptr,  # [2, B * chunks, C]
-    edge_ptr,  # int32 [T], or None
-    carry_ptr,  # [B * chunks, C], written: the state that enters every chunk
-    T,
-    chunk,
-    C: tl.constexpr,
-    PARTS: tl.constexpr,
-    BACKWARD: tl.constexpr,  # from the last chunk to the first
-    BLOCK_C: tl.constexpr,
-):
-    ACC: tl.constexpr = carry_ptr.dtype.element_ty
-    chunks = tl.cdiv(T, chunk)
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
-    zero = tl.zeros([BLOCK_C], ACC)
-    h = (zero, zero) if PARTS == 2 else (zero,)
-    low = h
-    if (entry_ptr is not None) and (edge_ptr is None):
-        h = load(entry_ptr, b * C + c, in_c, h)
-    for j in range(chunks):
-        i = chunks - 1 - j if BACKWARD else j
-        row = b * chunks + i
-        store(carry_ptr, row * C + c, rounded_sum(h, low), in_c)
-        if edge_ptr is not None:  # a chunk in which a sequence starts (backward: ends) carries nothing over
-            first = tl.load(edge_ptr + i * chunk)
-            last = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-            resets = ((last & 2) if BACKWARD else (first & 1)) != 0
-            if resets | ((first >> 2) != (last >> 2)):
-                low = filled(0.0, h)
-                h = filled(0.0, h)
-        product = load(summary_ptr, (tl.num_programs(0).to(tl.int64) * chunks + row) * C + c, in_c, h)
-        h, low = times_state(product, h, low)
-        h, low = plus_sum(h, low, load(summary_ptr, row * C + c, in_c, h), True)
 
 
 def linear_scan_fwd(
@@ -216,16 +202,15 @@ def linear_scan_fwd(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward pass: h ``[B, T, C]`` and the final state ``[N, C]``."""
-    B, T, C = x.shape
-    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    B, T, C = x.shape[:3]
+    dtype, state_dtype = scan_dtypes(a, x)
     launch = launch or scan_launch_for(x)
     chunks = triton.cdiv(T, launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, final = torch.empty_like(x, dtype=dtype), x.new_empty(N, C, dtype=state_dtype)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, dtype, C, log, reverse)
-    kind["ROWS"] = SCAN_ROWS // kind["PARTS"]
+    kind = options(launch, a, h, C, log, reverse)
     a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)
 
     with torch.cuda.device_of(x):
@@ -238,19 +223,19 @@ def linear_scan_fwd(
     return h, final
 
 
-def options(launch: Launch, a: Tensor, h: torch.dtype, C: int, log: bool, reverse: bool) -> dict[str, Any]:
-    """Return what both kernels are compiled for, but for the rows that they treat at once."""
-    parts = 2 if h.is_complex else 1
-    kind = {"STEP": -C if reverse else C, "PARTS": parts, "EXACT": h.itemsize >= 4, "FIXED": a.dim() == 1, "LOG": log}
-    return {**launch.options(C), **kind}
-
-
-def run_carry(
-    entry: Any, summary: Any, edges: Tensor | None, carry: Any, B: int, T: int, launch: Launch, C: int, **kind: Any
-) -> None:
-    """Scan the summaries of the chunks."""
-    grid = (B, triton.cdiv(C, launch.block_c))
-    _linear_scan_carry_kernel[grid](entry, summary, edges, carry, T, launch.chunk, **launch.options(C), **kind)
+def options(launch: Launch, a: Tensor, h: Tensor, C: int, log: bool, reverse: bool) -> dict[str, Any]:
+    """Return what both kernels are compiled for."""
+    parts, exact = 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
+    return {
+        "STEP": -C if reverse else C,
+        "PARTS": parts,
+        "EXACT": exact,
+        "FIXED": a.dim() == 1,
+        "LOG": log,
+        "ROWS": scan_rows(parts, exact),
+        "STAGES": SCAN_STAGES,
+        **launch.options(C),
+    }
 
 
 def as_parts(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -6,79 +6,78 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.arithmetic import (
-    before,
     conjugate,
     filled,
     load,
+    numbers_of,
     plus,
     plus_sum,
     rounded_sum,
     store,
+    tile_of_numbers,
+    tile_offsets,
     times,
     times_sum,
 )
-from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, Launch
+from fastwkv.kernels.config import Launch
 from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
-from fastwkv.kernels.linear_scan import as_parts, load_gate, options, run_carry, summaries
+from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, options, sequence_of, summaries
+from fastwkv.kernels.linear_scan_carry import run_carry
 
 
 @triton.jit
 def _reverse_rows(
-    offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
+    gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
     q, low, product, product_low, ga_sum, b, t, end, c, in_c,
-    C: tl.constexpr, STEP: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Run the adjoint over ROWS tokens from t on, the last first. Returns what is before them."""
-    gates = ()
-    hs = ()
-    ghs = ()
-    for i in tl.static_range(ROWS):
-        in_row = before(t + i, end, c, C) if MASKED else in_c
-        gates = gates + (load_gate(a_ptr, offset + i * STEP, in_row, q, LOG, EXACT) if gate is None else gate,)
-        ghs = ghs + (load(gh_ptr, offset + i * STEP, in_row, q),)
-        if ga_ptr is not None:  # h of the token before; before the first one, nothing
-            in_row = before(0, t, c, C) if i == 0 else in_row
-            hs = hs + (load(h_ptr, offset + i * STEP - STEP, in_row, q),)
+    """Run the adjoint over ROWS tokens from t on, the last first. Returns ga and gx of each and what is before them.
+
+    ``pasts`` has h before each token, 0 before the first of all.
+    """
+    gas = ()
+    gxs = ()
     block_sum = filled(0.0, q)  # a sum of sums: a running sum of single terms would lose digits over a long T
     for i in tl.static_range(ROWS - 1, -1, -1):
+        ga = filled(0.0, q)
+        g = ga
         if (not MASKED) or (end > t + i):
-            h_past = hs[i] if ga_ptr is not None else q
+            past = pasts[i] if OUTPUT else q
             if edge_ptr is not None:
-                edge = tl.load(edge_ptr + t + i)
-                n = (edge >> 2).to(tl.int64)
-                if (edge & 2) != 0:
+                if ((edges >> (2 * i + 1)) & 1) != 0:
                     low = filled(0.0, q)
                     q = filled(0.0, q)
                     if gfinal_ptr is not None:
-                        q = load(gfinal_ptr, n * C + c, in_c, q)
-                if (edge & 1) != 0:
-                    h_past = filled(0.0, q)
+                        q = load(gfinal_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, q)
+                if ((edges >> (2 * i)) & 1) != 0:
+                    past = filled(0.0, q)
                     if initial_ptr is not None:
-                        h_past = load(initial_ptr, n * C + c, in_c, q)
+                        past = load(initial_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, q)
             elif (i == 0) and (initial_ptr is not None):
                 if t == 0:
-                    h_past = load(initial_ptr, b * C + c, in_c, q)
-            a = conjugate(gates[i][0])
-            a_low = gates[i][1] if LOG and EXACT else None
+                    past = load(initial_ptr, b * C + c, in_c, q)
+            given = gate if gates is None else gate_of(gates[i], LOG, EXACT)
+            a = conjugate(given[0])
+            a_low = given[1] if LOG and EXACT else None
             g, low = plus_sum(q, low, ghs[i], EXACT)
-            if ga_ptr is not None:
-                gx = rounded_sum(g, low) if EXACT else g
-                store(gx_ptr, offset + i * STEP, gx, in_c)
-                ga = times(gx, conjugate(h_past))
+            q, q_low = times_sum(a, a_low, g, low, EXACT)
+            if OUTPUT:
+                g = rounded_sum(g, low) if EXACT else g
+                ga = times(g, conjugate(past))
                 if LOG:
-                    ga = times(ga, gates[i][0])
-                if gate is None:
-                    store(ga_ptr, offset + i * STEP, ga, in_c)
-                else:
+                    ga = times(ga, given[0])
+                if gates is None:
                     block_sum = plus(block_sum, ga)
             else:
                 product, product_low = times_sum(a, a_low, product, product_low, EXACT)
-            q, low = times_sum(a, a_low, g, low, EXACT)
-            if (edge_ptr is not None) and ((ginitial_ptr is not None) and (ga_ptr is not None)):
-                if (edge & 1) != 0:
-                    store(ginitial_ptr, n * C + c, rounded_sum(q, low), in_c)
-    return q, low, product, product_low, plus(ga_sum, block_sum)
+            low = q_low
+            if (edge_ptr is not None) and ((ginitial_ptr is not None) and OUTPUT):
+                if ((edges >> (2 * i)) & 1) != 0:
+                    store(ginitial_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(q, low), in_c)
+        gas = (ga,) + gas
+        gxs = (g,) + gxs
+    return gas, gxs, q, low, product, product_low, plus(ga_sum, block_sum)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -102,14 +101,18 @@ def _linear_scan_bwd_kernel(
     FIXED: tl.constexpr,
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    OUTPUT: tl.constexpr = ga_ptr is not None
     chunks = tl.cdiv(T, chunk)
     row = tl.program_id(0).to(tl.int64)  # of B * chunks
     b = row // chunks
     begin = (row % chunks).to(tl.int32) * chunk
     end = tl.minimum(begin + chunk, T)
+    if not OUTPUT:  # nothing comes before the first chunk
+        end = tl.where(begin == 0, begin, end)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
 
@@ -119,26 +122,53 @@ def _linear_scan_bwd_kernel(
     product = filled(1.0, q)
     product_low = q
     ga_sum = q
-    gate = load_gate(a_ptr, c, in_c, q, LOG, EXACT) if FIXED else None
+    gate = gate_of(load(a_ptr, c, in_c, q), LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
         q = load(carry_ptr, row * C + c, in_c, q)
-    elif (gfinal_ptr is not None) and ((edge_ptr is None) and (ga_ptr is not None)):
+    elif (gfinal_ptr is not None) and ((edge_ptr is None) and OUTPUT):
         q = load(gfinal_ptr, b * C + c, in_c, q)
 
-    full = begin + (end - begin) // ROWS * ROWS
-    offset = (b * T + (full if STEP > 0 else T - 1 - full)) * C + c
-    if full < end:
-        q, low, product, product_low, ga_sum = _reverse_rows(
-            offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
-            q, low, product, product_low, ga_sum, b, full, end, c, in_c, C, STEP, LOG, ROWS, EXACT, True,
+    rows = tl.arange(0, ROWS)
+    tile, in_tile = tile_offsets(rows, tl.program_id(1), BLOCK_C, C, STEP, PARTS)
+    whole = (end - begin) // ROWS
+    t = begin + whole * ROWS
+    start = (b * T + (t if STEP > 0 else T - 1 - t)) * (C * PARTS)
+    if t < end:
+        run = in_tile & (t + rows < end)[:, None]
+        ghs = numbers_of(tl.load(gh_ptr + start + tile, mask=run, other=0.0), ROWS, q)
+        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=run, other=0.0), ROWS, q)
+        pasts = None
+        if OUTPUT:
+            past = run & (t + rows > 0)[:, None]
+            pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
+        edges = edges_of(edge_ptr + t, rows, t + rows < end) if edge_ptr is not None else 0
+        gas, gxs, q, low, product, product_low, ga_sum = _reverse_rows(
+            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
+            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, True,
         )  # fmt: skip
-    for t in range(full - ROWS, begin - 1, -ROWS):
-        offset -= ROWS * STEP
-        q, low, product, product_low, ga_sum = _reverse_rows(
-            offset, a_ptr, gate, h_ptr, gh_ptr, initial_ptr, edge_ptr, gfinal_ptr, ga_ptr, gx_ptr, ginitial_ptr,
-            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, STEP, LOG, ROWS, EXACT, False,
+        if OUTPUT:
+            tl.store(gx_ptr + start + tile, tile_of_numbers(gxs, gx_ptr, ROWS), mask=run)
+            if not FIXED:
+                tl.store(ga_ptr + start + tile, tile_of_numbers(gas, ga_ptr, ROWS), mask=run)
+    for _ in tl.range(0, whole, num_stages=STAGES):
+        t -= ROWS
+        start -= ROWS * STEP * PARTS
+        ghs = numbers_of(tl.load(gh_ptr + start + tile, mask=in_tile), ROWS, q)
+        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=in_tile), ROWS, q)
+        pasts = None
+        if OUTPUT:
+            past = in_tile & (t + rows > 0)[:, None]
+            pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
+        edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
+        gas, gxs, q, low, product, product_low, ga_sum = _reverse_rows(
+            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
+            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, False,
         )  # fmt: skip
-    if ga_ptr is None:
+        if OUTPUT:
+            tl.store(gx_ptr + start + tile, tile_of_numbers(gxs, gx_ptr, ROWS), mask=in_tile)
+            if not FIXED:
+                tl.store(ga_ptr + start + tile, tile_of_numbers(gas, ga_ptr, ROWS), mask=in_tile)
+    if not OUTPUT:
         store(ginitial_ptr, row * C + c, rounded_sum(q, low), in_c)
         store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
     else:
@@ -162,8 +192,8 @@ def linear_scan_bwd(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward pass: ga, gx (of this dtype) and, if there is one, the gradient of the initial state."""
-    B, T, C = h.shape
-    state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
+    B, T, C = h.shape[:3]
+    state_dtype = scan_dtypes(a, h)[1]
     launch = launch or scan_launch_for(h)
     chunks = triton.cdiv(T, launch.chunk)
     gx = torch.empty_like(h, dtype=dtype)
@@ -171,9 +201,9 @@ def linear_scan_bwd(
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h.dtype, C, log, reverse)
+    kind = options(launch, a, h, C, log, reverse)
     parts = kind["PARTS"]
-    kind |= {"ROWS": SCAN_BACKWARD_ROWS, "ACC": tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32}
+    kind["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
     a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)
     outputs = as_parts(ga, gx, None if initial is None else ginitial)
 

@@ -14,7 +14,7 @@ BLOCK = 128  # channels a program of four warps: a step is so short that only it
 @triton.jit(do_not_specialize=["size"])
 def _linear_scan_step_kernel(
     a_ptr,  # [C] or [B, C]
-    x_ptr,  # [B, C]
+    x_ptr,  # [B, C], or [B, C, 2] beside a complex state
     state_ptr,  # [B, C]
     h_ptr,  # [B, C]
     size,  # B * C
@@ -45,8 +45,8 @@ def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
     h = torch.empty_like(state)
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in (a, x, state, h)]
     with torch.cuda.device_of(x):
-        _linear_scan_step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            *parts, x.numel(), C=x.shape[1], PARTS=2 if state.is_complex() else 1, FIXED=a.dim() == 1, LOG=log,
+        _linear_scan_step_kernel[(triton.cdiv(state.numel(), BLOCK),)](
+            *parts, state.numel(), C=state.shape[1], PARTS=2 if state.is_complex() else 1, FIXED=a.dim() == 1, LOG=log,
             BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return h

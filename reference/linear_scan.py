@@ -26,7 +26,9 @@ def linear_scan(
     dtype = torch.promote_types(given.dtype, x.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     gate = given.to(wide) if log_a is None else given.to(torch.promote_types(given.dtype, torch.float32)).exp().to(wide)
-    gates, inputs = gate.expand(x.shape), x.to(wide)
+    pairs = x.dim() == 4
+    inputs = torch.view_as_complex(x.to(wide.to_real())) if pairs else x.to(wide)
+    gates = gate.expand(inputs.shape)
     bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
     for n in range(len(bounds) - 1):
@@ -41,7 +43,8 @@ def linear_scan(
             results.append(h)
         outputs.append(torch.stack(results[::-1] if reverse else results, 1))
         states.append(h)
-    h = torch.cat(outputs, 1).to(dtype)
+    h = torch.cat(outputs, 1)
+    h = torch.view_as_real(h).to(x.dtype) if pairs else h.to(dtype)
     return (h, torch.cat(states)) if return_state else h
 
 
@@ -49,4 +52,6 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     """Return ``a_t state + x_t`` in the dtype of the state."""
     gate = a_t if log_a is None else log_a.to(torch.promote_types(log_a.dtype, torch.float32)).exp()
     assert gate is not None, "give a_t or log_a"
+    if x_t.dim() == 3:
+        x_t = torch.view_as_complex(x_t.to(state.dtype.to_real()))
     return gate.to(state.dtype) * state + x_t.to(state.dtype)

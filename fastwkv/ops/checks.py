@@ -47,6 +47,22 @@ def check_rank(dims: str, **tensors: Tensor) -> None:
                 raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
 
 
+def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
+    """Check the rank of x and return whether it holds complex numbers as pairs, as it may where a is complex."""
+    ((variable, x),) = tokens.items()
+    if not a.is_complex() or x.dim() != len(dims.split()) + 1:
+        check_rank(dims, **tokens)
+        return False
+    if x.is_complex() or x.shape[-1] != 2:
+        shape, kind = dims.replace(" ", ", "), "complex" if x.is_complex() else "real"
+        raise ValueError(
+            f"{variable} must be [{shape}], or real pairs [{shape}, 2] beside a complex {name}, got a {kind} tensor of"
+            f" shape {list(x.shape)}"
+        )
+    check_rank(f"{dims} pair", **tokens)
+    return True
+
+
 def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
     """Each argument has exactly this shape; ``dims`` names its axes in the message."""
     for name, tensor in tensors.items():

@@ -67,7 +67,9 @@ def linear_scan(
     Args:
         a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None if ``log_a`` is
             given.
-        x: ``[B, T, C]``. T and C need not be multiples of anything.
+        x: ``[B, T, C]``. T and C need not be multiples of anything. Beside a complex multiplier x may hold real and
+            imaginary parts as pairs, ``[B, T, C, 2]`` of a real dtype: complex numbers in 16 bits a part, at half of
+            complex64's memory traffic. On the CPU pairs of 16 bits are converted to complex64 and back.
         initial_state: h before the first token (with ``reverse``: after the last); zero if None. One row a sequence:
             ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
         log_a: the multiplier as ``a = exp(log_a)``, for gates that are computed so: 16 bits tell 0.999 from 1 in log a
@@ -82,8 +84,8 @@ def linear_scan(
     beside an x of 16 bits too.
 
     Returns:
-        h ``[B, T, C]`` of the dtype ``torch.promote_types(a.dtype, x.dtype)``; with ``return_state`` also the final
-        state.
+        h ``[B, T, C]`` of the dtype ``torch.promote_types(a.dtype, x.dtype)``, or pairs where x is of pairs, in its
+        dtype; with ``return_state`` also the final state, which is complex beside pairs.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that is not listed here; or not one of a and log_a is given.
@@ -94,11 +96,11 @@ def linear_scan(
     """
     name, a, log = _multiplier("a", a, log_a)
     checks.check_floating_or_complex(**{name: a}, x=x)
-    checks.check_rank("B T C", x=x)
-    B, T, C = x.shape
+    pairs = checks.are_pairs("B T C", name, a, x=x)
+    B, T, C = x.shape[:3]
     dims, shape = ("C", (C,)) if a.dim() == 1 else ("B T C", (B, T, C))
     checks.check_shape(dims, shape, **{name: a})
-    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    state_dtype = scan_dtypes(a, x)[1]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, B, T)
         checks.check_device(x=x, cu_seqlens=cu_seqlens)
@@ -106,16 +108,22 @@ def linear_scan(
         dims, rows = ("B C", B) if cu_seqlens is None else ("N C", cu_seqlens.numel() - 1)
         _check_state("initial_state", initial_state, dims, (rows, C), state_dtype, x)
 
-    if dtype.is_complex:
-        # The kernels know a complex multiplier as itself only, and beside it nothing real.
-        a, log = (a.exp() if log else a), False
-        a, x = a.to(dtype), x.to(dtype)
+    given = x.dtype
+    if state_dtype.is_complex:
+        # The kernels know a complex multiplier as itself only, and beside it nothing real but pairs of 16 bits.
+        a, log = (a.exp() if log else a).to(state_dtype), False
+        if not pairs:
+            x = x.to(state_dtype)
+        elif given.itemsize > 2 or state_dtype != torch.complex64:
+            x = _complex(x, state_dtype)
     a, x, initial = _plain(a), _plain(x), None if initial_state is None else _plain(initial_state)
     inputs = [a, x] if initial is None else [a, x, initial]
     scan: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastwkv.linear_scan_fwd
     if differentiated(inputs):
         scan = (_DualLinearScan if in_forward_mode() else LinearScan).apply
     h, final = scan(a, x, initial, cu_seqlens, log, reverse)
+    if pairs and h.is_complex():
+        h = torch.view_as_real(h).to(given)
     return (h, final) if return_state else h
 
 
@@ -124,7 +132,7 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
 
     Args:
         a_t: ``[C]`` or ``[B, C]``, the multiplier of this token. None if ``log_a`` is given.
-        x_t: ``[B, C]``.
+        x_t: ``[B, C]``, or pairs ``[B, C, 2]``.
         state: h_{t-1}, ``[B, C]``, of the dtype of :func:`linear_scan`'s states.
         log_a: ``[C]`` or ``[B, C]``, the multiplier as ``a_t = exp(log_a)``.
 
@@ -137,12 +145,14 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     """
     name, a, log = _multiplier("a_t", a_t, log_a)
     checks.check_floating_or_complex(**{name: a}, x_t=x_t)
-    checks.check_rank("B C", x_t=x_t)
-    B, C = x_t.shape
+    pairs = checks.are_pairs("B C", name, a, x_t=x_t)
+    B, C = x_t.shape[:2]
     dims, shape = ("C", (C,)) if a.dim() == 1 else ("B C", (B, C))
     checks.check_shape(dims, shape, **{name: a})
-    dtype, state_dtype = scan_dtypes(a.dtype, x_t.dtype)
+    state_dtype = torch.promote_types(torch.promote_types(a.dtype, x_t.dtype), torch.float32)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
+    if pairs and (x_t.dtype.itemsize > 2 or differentiated([a, x_t, state])):
+        x_t = _complex(x_t, state_dtype)
     if not log and a.dtype == x_t.dtype == state.dtype:
         return torch.addcmul(x_t, a, state)  # one launch, and differentiable
     if differentiated([a, x_t, state]):
@@ -150,9 +160,9 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
         wide = torch.promote_types(state_dtype, torch.float64) if log else state_dtype
         a = a.to(wide)
         return torch.addcmul(x_t.to(wide), a.exp() if log else a, state.to(wide)).to(state_dtype)
-    if dtype.is_complex:
-        a, log = (a.exp() if log else a), False
-        a, x_t = a.to(dtype), x_t.to(dtype)
+    if state_dtype.is_complex:
+        a, log = (a.exp() if log else a).to(state_dtype), False
+        x_t = x_t if x_t.dim() == 3 else x_t.to(state_dtype)
     return torch.ops.fastwkv.linear_scan_step(_plain(a), _plain(x_t), _plain(state), log)  # type: ignore[no-any-return]
 
 
@@ -218,6 +228,11 @@ def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str,
     raise TypeError(f"give one of {name} and log_a, got {'neither' if a is None else 'both'}")
 
 
+def _complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers that are held as pairs."""
+    return torch.view_as_complex(pairs.to(torch.float64 if dtype == torch.complex128 else torch.float32).contiguous())
+
+
 def _plain(t: Tensor) -> Tensor:
     """Return a tensor as it lies in memory: contiguous, and no lazy conjugate of another."""
     return t.resolve_conj().resolve_neg().contiguous()
@@ -232,7 +247,7 @@ def _check_state(name: str, state: Tensor, dims: str, shape: tuple[int, int], dt
 def _linear_scan_fwd_fake(
     a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    dtype, state_dtype = scan_dtypes(a, x)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.empty_like(x, dtype=dtype), x.new_empty((rows, x.shape[2]), dtype=state_dtype)
 
@@ -248,7 +263,7 @@ def _linear_scan_bwd_fake(
     gfinal: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ginitial = h.new_empty(0, dtype=scan_dtypes(h.dtype, h.dtype)[1]) if initial is None else torch.empty_like(initial)
+    ginitial = h.new_empty(0, dtype=scan_dtypes(a, h)[1]) if initial is None else torch.empty_like(initial)
     return torch.empty_like(a), torch.empty_like(h, dtype=dtype), ginitial
 
 

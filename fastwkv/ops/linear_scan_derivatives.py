@@ -24,8 +24,9 @@ class Composed:
     ) -> None:
         """Take what the forward pass had and returned; ``a`` is log a if ``log``."""
         T = h.shape[1]
-        state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
-        self.linear_scan, self.dtype, self.given_dtype, self.fixed = linear_scan, h.dtype, a.dtype, a.dim() == 1
+        self.pairs, self.dtype = h.dim() == 4, h.dtype
+        state_dtype = scan_dtypes(a, h)[1]
+        self.linear_scan, self.given_dtype, self.fixed = linear_scan, a.dtype, a.dim() == 1
         self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
         self.given = a.to(state_dtype)
         self.a = self.given.exp() if log else self.given
@@ -36,26 +37,35 @@ class Composed:
         before: Tensor | int = 0
         if initial is not None:
             before = initial[:, None] if cu_seqlens is None else initial[edges >> 2]
-        self.h_before = torch.where(first[:, None], before, h.to(state_dtype).roll(-1 if reverse else 1, 1))
+        self.h_before = torch.where(
+            first[:, None], before, self._numbers(h).to(state_dtype).roll(-1 if reverse else 1, 1)
+        )
 
     def backward(self, gh: Tensor, gfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of a, x and the initial state."""
         a, given = (t.expand(self.h_before.shape).conj() for t in (self.a, self.given))
         one = 0 if self.log else 1
         after = torch.where(self.last[:, None], one, given.roll(1 if self.reverse else -1, 1))
-        g = self._scan(after, gh.to(a.dtype), gfinal, reverse=not self.reverse)
+        g = self._scan(after, self._numbers(gh).to(a.dtype), gfinal, reverse=not self.reverse)
         ga = g * self.h_before.conj()
         ga = ga * a if self.log else ga
         ga = (ga.sum((0, 1)) if self.fixed else ga).to(self.given_dtype)
-        return ga, g, None if self.initial is None else self._first_tokens(a * g)
+        return ga, self._as_given(g), None if self.initial is None else self._first_tokens(a * g)
 
     def forward(self, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tangents of h and of the final state."""
-        total = torch.zeros_like(self.h_before) if dx is None else dx.to(self.h_before.dtype)
+        total = torch.zeros_like(self.h_before) if dx is None else self._numbers(dx).to(self.h_before.dtype)
         if da is not None:
             total = total + (da * self.a if self.log else da) * self.h_before
         dh, dfinal = self._scan(self.given, total, dinitial, reverse=self.reverse, return_state=True)
-        return dh.to(self.dtype), dfinal
+        return self._as_given(dh).to(self.dtype), dfinal
+
+    def _numbers(self, t: Tensor) -> Tensor:
+        """Return complex numbers where pairs of 16 bits were given."""
+        return torch.view_as_complex(t.float().contiguous()) if self.pairs else t
+
+    def _as_given(self, t: Tensor) -> Tensor:
+        return torch.view_as_real(t) if self.pairs else t
 
     def _scan(self, given: Tensor, x: Tensor, initial: Tensor | None, **options: bool) -> Any:
         # Not with e^{log a}: as one number it is rounded, at every token in the same way.

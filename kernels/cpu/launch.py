@@ -83,6 +83,11 @@ def fitted(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
     return result
 
 
+def as_complex(pairs: Tensor) -> Tensor:
+    """Return pairs of 16 bits as complex64: numba's vectors have one type for a and for x."""
+    return torch.view_as_complex(pairs.float())
+
+
 def run(kernel: Callable[[tuple[int, int, int]], None], N: int, C: int, elements: int, dtype: torch.dtype) -> None:
     """Call ``kernel((channels in a block, first unit, last unit))`` for all units, on several threads if that pays.
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, large_empty_like, run, sequence_bounds
+from fastwkv.kernels.cpu.launch import addresses, as_complex, fits, fitted, large_empty_like, run, sequence_bounds
 from fastwkv.kernels.cpu.linear_scan_bwd import linear_scan_bwd
 from fastwkv.kernels.cpu.linear_scan_state import ROWS, added, kind, load_multiplier, scaled, total
 from fastwkv.kernels.cpu.numerics import inlined, kernel, load, prefetch, splat, store
@@ -119,7 +119,10 @@ def linear_scan_fwd(
     a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return h [B, T, C] and the final state [N, C]."""
-    dtype, state_dtype = scan_dtypes(a.dtype, x.dtype)
+    if x.dim() == 4:
+        h, final = linear_scan_fwd(a, as_complex(x), initial, cu_seqlens, log, reverse)
+        return torch.view_as_real(h).to(x.dtype), final
+    dtype, state_dtype = scan_dtypes(a, x)
     B, T, C = x.shape
     a, x = a.to(dtype), x.to(dtype)
     if not fits(x, state_dtype):
@@ -140,6 +143,7 @@ def linear_scan_fwd(
 
 def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
     """Return a state + x."""
+    x = as_complex(x) if x.dim() == 3 else x
     if log:
         # One number of float32 is not enough for e^{log a} near 1, here either.
         return torch.addcmul(x.double(), a.double().exp(), state.double()).to(state.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, large_empty_like, run, sequence_bounds
+from fastwkv.kernels.cpu.launch import addresses, as_complex, fits, fitted, large_empty_like, run, sequence_bounds
 from fastwkv.kernels.cpu.linear_scan_state import (
     ROWS,
     added,
@@ -135,7 +135,11 @@ def linear_scan_bwd(
 
     ``dtype`` is that of gx.
     """
-    state_dtype = scan_dtypes(h.dtype, h.dtype)[1]
+    if h.dim() == 4:
+        h, gh = as_complex(h), as_complex(gh)
+        ga, gx, ginitial = linear_scan_bwd(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, h.dtype)
+        return ga, torch.view_as_real(gx).to(dtype), ginitial
+    state_dtype = scan_dtypes(a, h)[1]
     B, T, C = h.shape
     a_dtype, a = a.dtype, a.to(h.dtype)
     if not fits(h, state_dtype):

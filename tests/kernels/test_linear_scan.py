@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from implementations import Implementation
 from scan_cases import COMPLEX, DTYPES, cases, make_case
 
-from fastwkv.kernels.config import SCAN_BACKWARD_ROWS, SCAN_ROWS, Launch, scan_launch
+from fastwkv.kernels.config import SCAN_ROWS, Launch, scan_launch
 
 REPOSITORY = Path(__file__).parents[2]
 EXACT = (torch.float64, torch.complex128)
@@ -165,7 +165,6 @@ def test_launch_shape_is_legal_for_every_shape(B, T, C, multiprocessors, itemsiz
     shape = scan_launch(B, T, C, multiprocessors, itemsize)
     chunks = -(-T // shape.chunk)
     assert shape.chunk % SCAN_ROWS == 0
-    assert SCAN_ROWS % SCAN_BACKWARD_ROWS == 0
     assert shape.block_c & (shape.block_c - 1) == 0
     assert -(-C // shape.block_c) <= 65535
     assert B * chunks < 2**31
@@ -180,8 +179,9 @@ def test_one_chunk_where_batch_and_channels_fill_the_device():
 def test_length_is_in_no_compile_key():
     # Read in a process of its own: interpreted kernels have no compile key.
     script = (
-        "from fastwkv.kernels import linear_scan as scan, linear_scan_bwd as bwd, linear_scan_step as step\n"
-        "for kernel in (scan._linear_scan_fwd_kernel, bwd._linear_scan_bwd_kernel, scan._linear_scan_carry_kernel,\n"
+        "from fastwkv.kernels import linear_scan as scan, linear_scan_bwd as bwd, linear_scan_carry as carry\n"
+        "from fastwkv.kernels import linear_scan_step as step\n"
+        "for kernel in (scan._linear_scan_fwd_kernel, bwd._linear_scan_bwd_kernel, carry._linear_scan_carry_kernel,\n"
         "               step._linear_scan_step_kernel):\n"
         "    print(*[p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize])\n"
     )

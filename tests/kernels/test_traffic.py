@@ -76,12 +76,12 @@ def test_scan_moves_every_tensor_once(operator, which, dtype, tokens):
     assert (1 - 1 / tokens) * least <= moved <= 1.05 * least
 
 
-def test_chunks_are_read_twice_and_written_once():
-    moved, least, counter = bytes_of("linear_scan", "bfloat16", 256, 128)["forward"]
+def test_chunks_but_the_last_are_read_twice_and_written_once():
+    _, _, counter = bytes_of("linear_scan", "bfloat16", 256, 128)["forward"]
     a = merged(counter.loads)["a_ptr"]
-    assert a.total == 2 * a.distinct == 2 * 256 * CHANNELS * 2
+    assert a.distinct == 256 * CHANNELS * 2
+    assert a.total == (256 + 128) * CHANNELS * 2
     assert merged(counter.stores)["h_ptr"].total == 256 * CHANNELS * 2
-    assert moved > 1.5 * least
 
 
 @triton.jit
