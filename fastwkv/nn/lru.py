@@ -41,7 +41,8 @@ class LRU(nn.Module):
         y_t, state = lru.step(u_t, state)
 
     Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are complex64 in 16-bit
-    models and under autocast too. Built under ``torch.device("meta")`` it allocates nothing.
+    models and under autocast too; what has 16 bits there, as pairs of real and imaginary part, are B u and h in memory.
+    Built under ``torch.device("meta")`` it allocates nothing.
 
     Args:
         hidden: H, the channels of u and y.
@@ -139,7 +140,7 @@ class LRU(nn.Module):
         a, x = self._multiplier(u), self._project(u)
         h, final = linear_scan(a, x, state, return_state=True, cu_seqlens=cu_seqlens)
         if self.bidirectional:
-            h = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), -1)
+            h = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2)
         y = self._read(h, u)
         return (y, final) if return_state else y
 
@@ -160,9 +161,10 @@ class LRU(nn.Module):
         check_tokens("B H", self.hidden, u_t=u_t)
         self._check_one_direction(True)
         check_carried(state, self.state, self._state_dtype(u_t), u_t)
-        x = self._project(u_t)
-        state = linear_scan_step(self._multiplier(u_t), x, torch.zeros_like(x) if state is None else state)
-        return self._read(state, u_t), state
+        if state is None:
+            state = torch.zeros(u_t.shape[0], self.state, dtype=self._state_dtype(u_t), device=u_t.device)
+        state = linear_scan_step(self._multiplier(u_t), self._project(u_t), state)
+        return self._read(torch.view_as_real(state), u_t), state
 
     def extra_repr(self) -> str:
         """Return the sizes, for print."""
@@ -181,17 +183,17 @@ class LRU(nn.Module):
         return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp()).to(complex_dtype(dtype))
 
     def _project(self, u: Tensor) -> Tensor:
-        """Return exp(γ_log) ⊙ (B u), by one real product whose result lies in memory as complex numbers do."""
+        """Return exp(γ_log) ⊙ (B u) as pairs of real and imaginary part, by one real product."""
         products, dtype = compute_dtypes(u, self.D)
         weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
         x = F.linear(u.to(products), weight.flatten(0, 1).to(products))
-        return torch.view_as_complex(x.to(dtype).unflatten(-1, (self.state, 2)))
+        return x.view(*u.shape[:-1], self.state, 2)
 
     def _read(self, h: Tensor, u: Tensor) -> Tensor:
-        """Return Re(C h) + D ⊙ u, by one real product."""
+        """Return Re(C h) + D ⊙ u for an h of pairs, by one real product."""
         products, _ = compute_dtypes(u, self.D)
         weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
-        y = F.linear(torch.view_as_real(h).flatten(-2).to(products), weight.to(products))
+        y = F.linear(h.flatten(-2).to(products), weight.to(products))
         return torch.addcmul(y.to(products), self.D.to(products), u.to(products)).to(u.dtype)
 
     def _check_one_direction(self, state_asked: bool) -> None:
