@@ -13,7 +13,15 @@ from compiled_read import read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastwkv.kernels import linear_scan, linear_scan_bwd, linear_scan_carry, linear_scan_step, wkv, wkv_bwd, wkv_carry, wkv_step
+from fastwkv.kernels import (
+    linear_scan,
+    linear_scan_bwd,
+    linear_scan_step,
+    wkv,
+    wkv_bwd,
+    wkv_carry,
+    wkv_step,
+)
 from fastwkv.kernels.config import (
     BACKWARD_REGISTERS,
     CARRY_GROUP,
@@ -27,6 +35,7 @@ from fastwkv.kernels.config import (
     scan_rows,
     wkv_launch,
 )
+from fastwkv.kernels.linear_scan_carry import _linear_scan_carry_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,8 +50,10 @@ DTYPES = {
     "float64": "fp64",
     "complex64": "fp32",
     "complex128": "fp64",
+    "bfloat16x2": "bf16",
 }
-COMPLEX = {"complex64": "float32", "complex128": "float64"}  # and what they are made of
+# And what they are made of; bfloat16x2 are pairs, beside an a of complex64.
+COMPLEX = {"complex64": "float32", "complex128": "float64", "bfloat16x2": "bfloat16"}
 STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
 STREAMS |= {"a_ptr", "x_ptr", "h_ptr", "gh_ptr", "ga_ptr", "gx_ptr"}
 OPTIONAL = {"initial_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
@@ -118,13 +129,22 @@ VARIANTS = [
         STATES,
         {"ga_ptr", "gx_ptr", "h_ptr"},
     ),
-    variant("scan carry", linear_scan_carry._linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
+    variant("scan carry", _linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
     variant("scan step", linear_scan_step._linear_scan_step_kernel, 1, set(), FIXED=False, LOG=False),
 ]
 
 
-# Of gpu_model.py, which also asks for a forward pass that keeps nothing.
-MODELLED = [*VARIANTS, variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, TILE, set())]
+FORWARD, BACKWARD = linear_scan._linear_scan_fwd_kernel, linear_scan_bwd._linear_scan_bwd_kernel
+GATE = {"STEP": 768, "FIXED": True, "LOG": False}
+# Of gpu_model.py, which also asks for a forward pass that keeps nothing, and for summaries with a fixed a.
+MODELLED = [
+    *VARIANTS,
+    variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, TILE, set()),
+    variant("scan forward, summary, fixed a", FORWARD, SCAN_ROWS, set(), {"h_ptr"}, **GATE),
+    variant(
+        "scan backward, summary, fixed a", BACKWARD, SCAN_ROWS, {"ginitial_ptr"}, {"ga_ptr", "gx_ptr", "h_ptr"}, **GATE
+    ),
+]
 
 
 def compile_variant(job: tuple[int, str, str]) -> Figures:
@@ -141,7 +161,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
     rows = variant.rows
     if variant.scan and rows == SCAN_ROWS:
-        rows = scan_rows(2 if dtype in COMPLEX else 1, size >= 4)
+        rows = scan_rows(2 if dtype in COMPLEX else 1, element not in ("bfloat16", "float16"))
     if not variant.scan and rows == TILE and acc == "fp64":
         rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)
@@ -152,7 +172,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
         "BLOCK_C": block,
         "BLOCK": block,
         "PARTS": 2 if dtype in COMPLEX else 1,
-        "EXACT": size >= 4,
+        "EXACT": element not in ("bfloat16", "float16"),
         "ACC": tl.float64 if acc == "fp64" else tl.float32,
         **variant.constants,
     }
@@ -206,7 +226,8 @@ def _source(variant: Variant, constants: dict[str, Any], dtype: str, acc: str) -
             signature[name] = "*i32"
         elif name.endswith("_ptr"):
             summed = name == "ga_ptr" and variant.constants["FIXED"]
-            signature[name] = "*" + (DTYPES[dtype] if name in STREAMS and not summed else acc)
+            wide = summed or (name in ("a_ptr", "ga_ptr") and dtype == "bfloat16x2")
+            signature[name] = "*" + (DTYPES[dtype] if name in STREAMS and not wide else acc)
         else:
             signature[name] = "i32"
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}

@@ -1,4 +1,4 @@
-"""What WKV should take on a GPU: a model's predictions from the machine code, nothing measured.
+"""What the operators should take on a GPU: a model's predictions from the machine code, nothing measured.
 
 A kernel takes the longest of
 - memory: the bytes that it loads and stores, over the copy bandwidth
@@ -12,7 +12,7 @@ terms less well than this; a memory that is not busy answers sooner. Written to 
 
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,14 +24,14 @@ try:
 except ImportError as error:
     sys.exit(f"gpu_model.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-from fastwkv.kernels.config import CARRY_GROUP, Launch, wkv_launch
+from fastwkv.kernels.config import CARRY_GROUP, Launch, scan_launch, wkv_launch
 
 TARGET = "sm_90"  # of both GPUs below
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
-ACCUMULATOR = 4  # bytes of a state's number
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "complex64": 8, "bfloat16x2": 4}
+ACCUMULATOR = {"bfloat16": 4, "float32": 4, "complex64": 8, "bfloat16x2": 8}  # bytes of a state's number
 LAUNCH_SECONDS = 3e-6  # assumed of every launch
 TERMS = ("memory", "units", "chain", "latency")  # of a kernel
-COLUMNS = "{:<6} {:<9} {:<16} {:<18} {:>6} {:>6} {:>8}" + " {:>8}" * 7 + " {:>8}  {}"
+COLUMNS = "{:<6} {:<17} {:<10} {:<16} {:<18} {:>6} {:>6} {:>8}" + " {:>8}" * 7 + " {:>8}  {}"
 CARRY_CLOCKS = 205  # of a chunk's summary, "wkv forward, carry" of compiled.py; a group of them waits once for memory
 
 
@@ -68,10 +68,37 @@ class Pass:
     """Without chunks and with them, sums over the chunks included."""
 
 
-PASSES = {
-    "forward": Pass(3, "wkv forward, nothing kept", "wkv forward, summary", 12, (1, 3)),
-    "forward, saving": Pass(3, "wkv forward", "wkv forward, summary", 12, (1, 3)),
-    "backward": Pass(5, "wkv backward", "wkv backward, summary", 16, (3, 5)),
+@dataclass(frozen=True)
+class Operator:
+    """An operator as the model knows it."""
+
+    passes: dict[str, Pass]
+    launch: Callable[[int, int, int, int, int], Launch]
+    dtypes: tuple[str, ...]
+
+
+def _scan(kind: str, elements: tuple[int, int], launches: tuple[int, int]) -> dict[str, Pass]:
+    names = {way: (f"scan {way}{kind}", f"scan {way}, summary{kind}") for way in ("forward", "backward")}
+    return {
+        "forward": Pass(elements[0], *names["forward"], 6, (1, 3)),
+        "backward": Pass(elements[1], *names["backward"], 6, launches),
+    }
+
+
+OPERATORS = {
+    "wkv": Operator(
+        {
+            "forward": Pass(3, "wkv forward, nothing kept", "wkv forward, summary", 12, (1, 3)),
+            "forward, saving": Pass(3, "wkv forward", "wkv forward, summary", 12, (1, 3)),
+            "backward": Pass(5, "wkv backward", "wkv backward, summary", 16, (3, 5)),
+        },
+        wkv_launch,
+        ("bfloat16", "float32"),
+    ),
+    "linear_scan": Operator(_scan("", (3, 5), (1, 3)), scan_launch, ("bfloat16", "float32", "complex64")),
+    "linear_scan_fixed": Operator(
+        _scan(", fixed a", (2, 3), (2, 4)), scan_launch, ("bfloat16", "float32", "complex64", "bfloat16x2")
+    ),
 }
 
 
@@ -148,7 +175,13 @@ def kernel_terms(kernel: Figures, programs: int, tokens: int, moved: float, devi
 
 
 def predict(
-    which: Pass, shape: Shape, itemsize: int, launch: Launch, kernels: Mapping[str, Figures], device: Device
+    which: Pass,
+    shape: Shape,
+    itemsize: int,
+    launch: Launch,
+    kernels: Mapping[str, Figures],
+    device: Device,
+    accumulator: int = 4,
 ) -> Prediction:
     """Return what a pass takes, with this launch shape and these figures of its kernels."""
     B, T, C = shape
@@ -158,7 +191,7 @@ def predict(
     # Nobody asks for the summary of the chunk at the end.
     shares = [1 - 1 / chunks] * (chunks > 1) + [1.0]
     moved = [share * (kernel.loaded + kernel.stored) * B * T * C for kernel, share in zip(used, shares, strict=True)]
-    summaries = which.summary_numbers * ACCUMULATOR * B * chunks * C if chunks > 1 else 0
+    summaries = which.summary_numbers * accumulator * B * chunks * C if chunks > 1 else 0
     terms = [
         kernel_terms(kernel, round(share * programs), min(T, launch.chunk), bytes_moved, device)
         for kernel, share, bytes_moved in zip(used, shares, moved, strict=True)
@@ -178,23 +211,24 @@ def predict(
     )
 
 
-def compiled(dtype: str) -> dict[str, Figures]:
-    """Compile the kernels of all passes and return their figures by name."""
+def compiled(operator: str, dtype: str) -> dict[str, Figures]:
+    """Compile the kernels of all passes of an operator and return their figures by name."""
     # Here, since kernels that are interpreted elsewhere in the process cannot be compiled.
     from compiled_variants import MODELLED, figures
 
-    wanted = {name for one in PASSES.values() for name in (one.finish, one.summary)}
+    wanted = {name for one in OPERATORS[operator].passes.values() for name in (one.finish, one.summary)}
     return {one.name: figures(one, dtype, TARGET) for one in MODELLED if one.name in wanted}
 
 
-def model_rows(gpu: str, dtype: str, kernels: Mapping[str, Figures]) -> list[dict[str, Any]]:
-    """Return what the model says of every shape and pass on a GPU."""
-    device, found = DEVICES[gpu], []
+def model_rows(gpu: str, operator: str, dtype: str, kernels: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """Return what the model says of every shape and pass of an operator on a GPU."""
+    device, op, found = DEVICES[gpu], OPERATORS[operator], []
     for shape in GPU_SHAPES:
-        launch = wkv_launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
-        for which, one in PASSES.items():
-            predicted = predict(one, shape, ITEMSIZE[dtype], launch, kernels, device)
-            row: dict[str, Any] = {"gpu": gpu, "dtype": dtype, "pass": which, **dict(zip("BTC", shape, strict=True))}
+        launch = op.launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
+        for which, one in op.passes.items():
+            predicted = predict(one, shape, ITEMSIZE[dtype], launch, kernels, device, ACCUMULATOR[dtype])
+            row: dict[str, Any] = {"gpu": gpu, "op": operator, "dtype": dtype, "pass": which}
+            row |= dict(zip("BTC", shape, strict=True))
             row |= {"chunks": predicted.chunks, "warps": predicted.warps, "moved_bytes": predicted.moved}
             seconds = {name: predicted.term(name) for name in TERMS}
             seconds |= {name: getattr(predicted, name) for name in ("carry", "launches", "total")}
@@ -207,7 +241,7 @@ def _line(row: dict[str, Any]) -> str:
     microseconds = (f"{1e6 * seconds:.1f}" for seconds in row["seconds"].values())
     numbers = row["chunks"], f"{row['warps']:.1f}", f"{row['moved_bytes'] / 1e9:.3f}", *microseconds
     return COLUMNS.format(
-        row["gpu"], row["dtype"], row["pass"], shape, *numbers, f"{row['fraction']:.2f}", row["limit"]
+        row["gpu"], row["op"], row["dtype"], row["pass"], shape, *numbers, f"{row['fraction']:.2f}", row["limit"]
     )
 
 
@@ -215,6 +249,7 @@ def main() -> None:
     parser = Parser(prog="gpu_model.py", description=__doc__.split("\n\n")[0])
     option = parser.add_argument
     option("--devices", type=names("device", DEVICES), default=["h200"], metavar="LIST", help=", ".join(DEVICES))
+    option("--ops", type=names("op", OPERATORS), default=list(OPERATORS), metavar="LIST", help=", ".join(OPERATORS))
     option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
     unmeasured.add_out(parser)
     args = parser.parse_args()
@@ -223,15 +258,17 @@ def main() -> None:
     assumed = {name: asdict(DEVICES[name]) for name in args.devices}
     settings = {"target": TARGET, "assumed": assumed, "launch_seconds": LAUNCH_SECONDS, "carry_clocks": CARRY_CLOCKS}
     record = unmeasured.record("gpu_model", settings)
+    cases = [(op, dtype) for op in args.ops for dtype in args.dtypes if dtype in OPERATORS[op].dtypes]
     try:
-        kernels = {dtype: compiled(dtype) for dtype in args.dtypes}
+        kernels = {case: compiled(*case) for case in cases}
     except ImportError as error:
         sys.exit(f"gpu_model.py: {error}; it needs Triton, which exists on Linux only")
     print("Predictions of a model, microseconds. Nothing here has been measured.")
     terms = (*TERMS, "carry", "launches", "total")
-    print(COLUMNS.format("device", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit"))
-    for gpu, dtype in itertools.product(args.devices, args.dtypes):
-        rows = model_rows(gpu, dtype, kernels[dtype])
+    titles = ("device", "op", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit")
+    print(COLUMNS.format(*titles))
+    for gpu, case in itertools.product(args.devices, cases):
+        rows = model_rows(gpu, *case, kernels[case])
         print("\n".join(map(_line, rows)))
         record["rows"] += rows
     unmeasured.write(args.out, record)

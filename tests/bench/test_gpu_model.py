@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from compiled_gpu import LOAD_CYCLES, Figures
-from gpu_model import LAUNCH_SECONDS, PASSES, Device, Pass, kernel_terms, predict
+from gpu_model import LAUNCH_SECONDS, OPERATORS, Device, Pass, kernel_terms, predict
 from operator_base import GPU_SHAPES
 
 from fastwkv.kernels.config import Launch
@@ -57,6 +57,12 @@ def test_terms_are_those_of_the_formulas():
     assert terms.total == terms.memory
 
 
+def test_complex_states_take_twice_as_much_between_chunks():
+    launch, kernels = Launch(64, 1, 512), {"finish": FREE, "summary": SUMMARY}
+    real, pair = (predict(FORWARD, (100, 1024, 640), 4, launch, kernels, DEVICE, size) for size in (4, 8))
+    assert pair.moved - real.moved == 12 * 4 * 100 * 2 * 640
+
+
 def test_one_more_program_than_fits_takes_another_round():
     fits, more = (kernel_terms(KERNEL, programs, 512, 0, DEVICE) for programs in (100 * 32, 100 * 32 + 1))
     assert more.latency == 2 * fits.latency
@@ -100,7 +106,7 @@ def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     pytest.importorskip("triton", reason="Triton exists on Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
-    command = [sys.executable, SCRIPT, "--dtypes", "float32"]
+    command = [sys.executable, SCRIPT, "--ops", "wkv,linear_scan_fixed", "--dtypes", "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     first, _, *lines = done.stdout.partition("\n\nwrote")[0].splitlines()
@@ -109,8 +115,11 @@ def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     assert record["device"] == {"type": "none", "name": "computed, nothing measured"}
     assert (record["settings"]["target"], list(record["settings"]["assumed"])) == ("sm_90", ["h200"])
     rows = record["rows"]
-    assert [(row["B"], row["T"], row["C"], row["pass"]) for row in rows] == [
-        (*shape, which) for shape in GPU_SHAPES for which in PASSES
+    assert [(row["op"], row["B"], row["T"], row["C"], row["pass"]) for row in rows] == [
+        (op, *shape, which)
+        for op in ("wkv", "linear_scan_fixed")
+        for shape in GPU_SHAPES
+        for which in OPERATORS[op].passes
     ]
     assert [line.split()[-2] for line in lines] == [f"{row['fraction']:.2f}" for row in rows]
     assert all(0 < row["fraction"] <= 1 for row in rows)
