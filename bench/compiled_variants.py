@@ -28,7 +28,6 @@ from fastwkv.kernels.config import (
     FORWARD_REGISTERS,
     FP_FUSION,
     SCAN_ROWS,
-    SCAN_STAGES,
     STAGES,
     checkpoint_rows,
     scan_launch,
@@ -167,7 +166,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     block = BLOCKS.get(variant.kernel, launch.block_c)
     constants = {
         "ROWS": rows,
-        "STAGES": SCAN_STAGES if variant.scan else STAGES,
+        "STAGES": STAGES,
         "GROUP": CARRY_GROUP,
         "BLOCK_C": block,
         "BLOCK": block,
