@@ -156,11 +156,12 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     """Compile a variant for one dtype and target, and read the result."""
     element = COMPLEX.get(dtype, dtype)
     acc = "fp64" if element == "float64" else "fp32"
+    exact = element not in ("bfloat16", "float16")
     size = {"float64": 8, "float32": 4}.get(element, 2) * (2 if dtype in COMPLEX else 1)
     launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
     rows = variant.rows
     if variant.scan and rows == SCAN_ROWS:
-        rows = scan_rows(2 if dtype in COMPLEX else 1, element not in ("bfloat16", "float16"))
+        rows = scan_rows(2 if dtype in COMPLEX else 1, exact, "edge_ptr" not in variant.absent)
     if not variant.scan and rows == TILE and acc == "fp64":
         rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)
@@ -171,7 +172,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
         "BLOCK_C": block,
         "BLOCK": block,
         "PARTS": 2 if dtype in COMPLEX else 1,
-        "EXACT": element not in ("bfloat16", "float16"),
+        "EXACT": exact,
         "ACC": tl.float64 if acc == "fp64" else tl.float32,
         **variant.constants,
     }

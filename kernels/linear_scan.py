@@ -214,7 +214,7 @@ def linear_scan_fwd(
     h, final = torch.empty_like(x, dtype=dtype), x.new_empty(N, C, dtype=state_dtype)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, C, log, reverse)
+    kind = options(launch, a, h, edges, log, reverse)
     a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)
 
     with torch.cuda.device_of(x):
@@ -227,16 +227,16 @@ def linear_scan_fwd(
     return h, final
 
 
-def options(launch: Launch, a: Tensor, h: Tensor, C: int, log: bool, reverse: bool) -> dict[str, Any]:
+def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: bool, reverse: bool) -> dict[str, Any]:
     """Return what both kernels are compiled for."""
-    parts, exact = 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
+    C, parts, exact = h.shape[2], 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
     return {
         "STEP": -C if reverse else C,
         "PARTS": parts,
         "EXACT": exact,
         "FIXED": a.dim() == 1,
         "LOG": log,
-        "ROWS": scan_rows(parts, exact),
+        "ROWS": scan_rows(parts, exact, edges is not None),
         "STAGES": STAGES,
         **launch.options(C),
     }

@@ -201,7 +201,7 @@ def linear_scan_bwd(
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, C, log, reverse)
+    kind = options(launch, a, h, edges, log, reverse)
     parts = kind["PARTS"]
     kind["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
     a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)

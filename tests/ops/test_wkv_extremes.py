@@ -87,6 +87,18 @@ def test_learnable_state_of_zeros_gets_its_gradient(implementation, absent, leng
     assert_close(run(wkv, case, implementation.device), reference, ORDINARY[torch.float32], floor=1.0)
 
 
+@pytest.mark.parametrize("absent", [1, 20])
+def test_absent_tokens_after_an_empty_state_leave_every_gradient_finite(implementation, absent):
+    # Unlike no state at all, one that is empty is an input, with gradients of its own: they are 0.
+    case = make_case(1, 1, 24, 2)
+    k = case.k.clone()
+    k[:, :absent] = -torch.inf
+    initial = torch.zeros_like(case.initial)
+    initial[2] = -torch.inf
+    case = replace(case, k=k, initial=initial)
+    assert_close(run(wkv, case, implementation.device), expected(case), ORDINARY[torch.float32], floor=1.0)
+
+
 @pytest.mark.parametrize("rate", [0.0, -0.3, -5.0, 1e-12, 200.0, 1e35, -1e35])
 def test_any_finite_rate_is_legal(implementation, rate):
     case = make_case(0, 2, 40, 3, state=False)
