@@ -90,11 +90,14 @@ def gate_of(a, LOG: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _forward_rows(
-    gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low, t, end, c, in_c,
-    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, OUTPUT: tl.constexpr,
+    gates, gate, xs, initial_ptr, edge_ptr, edges, h_ptr, at, inside, final_ptr, h, low, product, product_low,
+    t, end, c, in_c, C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns h of each and the state after them."""
+    """Run ROWS tokens from t on; with MASKED only those before ``end``. Returns the state after them.
+
+    h of each is stored here, where it is wanted: Triton 3.3 returns no tuples of tuples of numbers.
+    """
     hs = ()
     for i in tl.static_range(ROWS):
         if (not MASKED) or (end > t + i):
@@ -108,14 +111,16 @@ def _forward_rows(
             a_low = a[1] if LOG and EXACT else None
             h, low = times_sum(a[0], a_low, h, low, EXACT)
             h, low = plus_sum(h, low, xs[i], EXACT)
-            if not OUTPUT:
+            if h_ptr is None:
                 product, product_low = times_sum(a[0], a_low, product, product_low, EXACT)
             elif edge_ptr is not None:
                 if ((edges >> (2 * i + 1)) & 1) != 0:
                     store(final_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(h, low), in_c)
-        if OUTPUT:
+        if h_ptr is not None:
             hs = hs + (rounded_sum(h, low) if EXACT else h,)
-    return hs, h, low, product, product_low
+    if h_ptr is not None:
+        tl.store(h_ptr + at, tile_of_numbers(hs, h_ptr, ROWS), mask=inside)
+    return h, low, product, product_low
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -170,24 +175,20 @@ def _linear_scan_fwd_kernel(
         xs = numbers_of(tl.load(x_ptr + start + tile, mask=in_tile), ROWS, h)
         gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=in_tile), ROWS, h)
         edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
-        hs, h, low, product, product_low = _forward_rows(
-            gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low,
-            t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, False,
+        h, low, product, product_low = _forward_rows(
+            gates, gate, xs, initial_ptr, edge_ptr, edges, h_ptr, start + tile, in_tile, final_ptr,
+            h, low, product, product_low, t, end, c, in_c, C, LOG, ROWS, EXACT, False,
         )  # fmt: skip
-        if OUTPUT:
-            tl.store(h_ptr + start + tile, tile_of_numbers(hs, h_ptr, ROWS), mask=in_tile)
         start += ROWS * STEP * PARTS
     if full < end:
         run = in_tile & (full + rows < end)[:, None]
         xs = numbers_of(tl.load(x_ptr + start + tile, mask=run, other=0.0), ROWS, h)
         gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=run, other=0.0), ROWS, h)
         edges = edges_of(edge_ptr + full, rows, full + rows < end) if edge_ptr is not None else 0
-        hs, h, low, product, product_low = _forward_rows(
-            gates, gate, xs, initial_ptr, edge_ptr, edges, final_ptr, h, low, product, product_low,
-            full, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, True,
+        h, low, product, product_low = _forward_rows(
+            gates, gate, xs, initial_ptr, edge_ptr, edges, h_ptr, start + tile, run, final_ptr,
+            h, low, product, product_low, full, end, c, in_c, C, LOG, ROWS, EXACT, True,
         )  # fmt: skip
-        if OUTPUT:
-            tl.store(h_ptr + start + tile, tile_of_numbers(hs, h_ptr, ROWS), mask=run)
     if not OUTPUT:
         store(final_ptr, row * C + c, rounded_sum(h, low), in_c)
         store(final_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)

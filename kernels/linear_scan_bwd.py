@@ -27,15 +27,15 @@ from fastwkv.kernels.linear_scan_carry import run_carry
 
 @triton.jit
 def _reverse_rows(
-    gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
+    gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ga_ptr, gx_ptr, at, inside, ginitial_ptr,
     q, low, product, product_low, ga_sum, b, t, end, c, in_c,
-    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, OUTPUT: tl.constexpr,
-    MASKED: tl.constexpr,
+    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Run the adjoint over ROWS tokens from t on, the last first. Returns ga and gx of each and what is before them.
+    """Run the adjoint over ROWS tokens from t on, the last first, and store what is wanted of each.
 
-    ``pasts`` has h before each token, 0 before the first of all.
+    ``pasts`` has h before each token, 0 before the first of all. Returns what is before the tokens.
     """
+    OUTPUT: tl.constexpr = ga_ptr is not None
     gas = ()
     gxs = ()
     block_sum = filled(0.0, q)  # a sum of sums: a running sum of single terms would lose digits over a long T
@@ -77,7 +77,11 @@ def _reverse_rows(
                     store(ginitial_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(q, low), in_c)
         gas = (ga,) + gas
         gxs = (g,) + gxs
-    return gas, gxs, q, low, product, product_low, plus(ga_sum, block_sum)
+    if OUTPUT:
+        tl.store(gx_ptr + at, tile_of_numbers(gxs, gx_ptr, ROWS), mask=inside)
+        if gates is not None:
+            tl.store(ga_ptr + at, tile_of_numbers(gas, ga_ptr, ROWS), mask=inside)
+    return q, low, product, product_low, plus(ga_sum, block_sum)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -142,14 +146,11 @@ def _linear_scan_bwd_kernel(
             past = run & (t + rows > 0)[:, None]
             pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
         edges = edges_of(edge_ptr + t, rows, t + rows < end) if edge_ptr is not None else 0
-        gas, gxs, q, low, product, product_low, ga_sum = _reverse_rows(
-            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
-            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, True,
+        q, low, product, product_low, ga_sum = _reverse_rows(
+            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr,
+            ga_ptr, gx_ptr, start + tile, run, ginitial_ptr, q, low, product, product_low, ga_sum,
+            b, t, end, c, in_c, C, LOG, ROWS, EXACT, True,
         )  # fmt: skip
-        if OUTPUT:
-            tl.store(gx_ptr + start + tile, tile_of_numbers(gxs, gx_ptr, ROWS), mask=run)
-            if not FIXED:
-                tl.store(ga_ptr + start + tile, tile_of_numbers(gas, ga_ptr, ROWS), mask=run)
     for _ in tl.range(0, whole, num_stages=STAGES):
         t -= ROWS
         start -= ROWS * STEP * PARTS
@@ -160,14 +161,11 @@ def _linear_scan_bwd_kernel(
             past = in_tile & (t + rows > 0)[:, None]
             pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
         edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
-        gas, gxs, q, low, product, product_low, ga_sum = _reverse_rows(
-            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ginitial_ptr,
-            q, low, product, product_low, ga_sum, b, t, end, c, in_c, C, LOG, ROWS, EXACT, OUTPUT, False,
+        q, low, product, product_low, ga_sum = _reverse_rows(
+            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr,
+            ga_ptr, gx_ptr, start + tile, in_tile, ginitial_ptr, q, low, product, product_low, ga_sum,
+            b, t, end, c, in_c, C, LOG, ROWS, EXACT, False,
         )  # fmt: skip
-        if OUTPUT:
-            tl.store(gx_ptr + start + tile, tile_of_numbers(gxs, gx_ptr, ROWS), mask=in_tile)
-            if not FIXED:
-                tl.store(ga_ptr + start + tile, tile_of_numbers(gas, ga_ptr, ROWS), mask=in_tile)
     if not OUTPUT:
         store(ginitial_ptr, row * C + c, rounded_sum(q, low), in_c)
         store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
