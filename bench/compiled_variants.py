@@ -161,7 +161,8 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
     rows = variant.rows
     if variant.scan and rows == SCAN_ROWS:
-        rows = scan_rows(2 if dtype in COMPLEX else 1, exact, "edge_ptr" not in variant.absent)
+        packed = "edge_ptr" not in variant.absent
+        rows = scan_rows(8 if acc == "fp64" else 4, 2 if dtype in COMPLEX else 1, exact, packed)
     if not variant.scan and rows == TILE and acc == "fp64":
         rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)

@@ -231,13 +231,14 @@ def linear_scan_fwd(
 def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: bool, reverse: bool) -> dict[str, Any]:
     """Return what both kernels are compiled for."""
     C, parts, exact = h.shape[2], 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
+    itemsize = 8 if h.dtype in (torch.float64, torch.complex128) else 4
     return {
         "STEP": -C if reverse else C,
         "PARTS": parts,
         "EXACT": exact,
         "FIXED": a.dim() == 1,
         "LOG": log,
-        "ROWS": scan_rows(parts, exact, edges is not None),
+        "ROWS": scan_rows(itemsize, parts, exact, edges is not None),
         "STAGES": STAGES,
         **launch.options(C),
     }
