@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode clean
+.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
 
 test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 gpu: .venv/ready  ## tests, sanitizers and benchmarks on a GPU, or those of PART=...
 	$(BIN)/python bench/gpu.py $(PART)
@@ -19,7 +19,7 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix && $(BIN)/ruff format
 
-ops accuracy compiled lru_steps hf_speed learning_curve decode: .venv/ready  ## the other benchmarks
+ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer: .venv/ready  ## the other benchmarks
 	$(BIN)/python bench/$@.py
 
 .venv/ready: pyproject.toml constraints.txt

@@ -75,6 +75,7 @@ def parts(out: Path) -> list[Part]:
     measured("accuracy", "error of the operators and of their peers", "accuracy")
     measured("hf_speed", "Hugging Face's RWKV-4 with our operator and without", "hf_speed", "--device", "cuda")
     measured("decode", "tokens a second beside what reading the weights allows", "decode", "--device", "cuda")
+    measured("lru_layer", "a whole LRU layer beside two other forms of it", "lru_layer", "--device", "cuda")
     for size in ("169m", "3b"):
         for dtype in ("float32", "bfloat16"):
             # "recompute" of one model of 3b in float32 is 3e15 multiply-adds: two transformers, then.

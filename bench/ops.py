@@ -11,10 +11,11 @@ in float64, which the tests hold to 1e-12 of that loop. Of large inputs some cha
 On a GPU "ms" is the time of the device, between events, with the calls queued before the device reaches them; where a
 call queues too much for that, "head_start" is false and the time includes what the device waited for. "ms_host" is how
 long a call keeps the host, which is what small shapes feel. Inputs and results are rotated so that the cache holds none
-of them, but for those of one token, which are small. "peak_bytes" is the most memory that a call had allocated beyond
-what was there before it, and "saved_bytes" what a graph keeps for its backward pass beyond inputs and output. Loops and
-torch.compile get no long sequences; a peer whose first calls have taken 30 seconds is not asked for more unless named
-by --providers.
+of them, but for those of one token, which are small. "ms_graph" is what one step of this package takes inside a CUDA
+graph of a hundred, each from the state after the last one, where no launch is waited for. "peak_bytes" is the most
+memory that a call had allocated beyond what was there before it, and "saved_bytes" what a graph keeps for its backward
+pass beyond inputs and output. Loops and torch.compile get no long sequences; a peer whose first calls have taken 30
+seconds is not asked for more unless named by --providers.
 
 On a CPU the time is that of a call. That of Hugging Face's backward pass, which makes and adds tensors of full size at
 every token, depends on whether the process already has that memory: here it does, from the comparison with the

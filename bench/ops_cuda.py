@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from ops_timing import Effort, Task
+from torch.utils._pytree import tree_leaves
 
 FASTEST_CLOCK = 2.5e9  # Hz, above that of any GPU: `_sleep` counts its clock, so that it sleeps for longer, not less
 QUEUED = 64  # calls of a group, at most; a queue holds about a thousand kernels, then the host waits
@@ -23,6 +24,9 @@ TRIES = 4  # to be ahead, with a head start that is twice as long each time
 SHORT = 50e-6  # seconds: calls that are shorter are timed several at a time, since an event takes time too
 HOST_CALLS = 3  # a turn
 COPIED = (2**28, 2**30, 2**32)  # bytes
+STEPS = 100  # tokens of a CUDA graph
+REPLAYS = 5  # a turn
+LAUNCH = 2e-3  # seconds in which the host has launched such a graph
 
 
 class Cuda:
@@ -55,6 +59,13 @@ class Cuda:
     def evict(self) -> None:
         """Queue a read of more than the cache holds: what was in it is not there afterwards."""
         self._sweep.sum()
+
+    def record(self, call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Return a CUDA graph of what is called, and the result, which is there when the graph has been replayed."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        return graph, result
 
     def begin_peak(self) -> int:
         """Return the bytes that are allocated, and look for their largest number from now on."""
@@ -156,6 +167,56 @@ class CudaTask(Task):
         """Return also the host's time, the memory of a call and whether the host was ahead of the device."""
         host, ahead = 1e3 * float(np.median(self.host)), self.head_start and self.busy > 0
         return super().figures() | {"ms_host": host, "peak_bytes": self.peak, "head_start": ahead}
+
+
+@dataclass
+class StepTask(CudaTask):
+    """One token on a GPU, and what it takes inside a CUDA graph of many, where no launch is waited for.
+
+    ``following`` makes the arguments of the next token of those of this one and its result: in the graph every token
+    starts from the state after the last one. Graph and arguments are kept; they are small.
+    """
+
+    following: Callable[[Any, Any], Any] = lambda made, result: made
+    graph: Any = None
+    first_token: Any = None
+    in_graph: list[float] = field(default_factory=list)
+    """Seconds of a token."""
+
+    def take_turn(self, effort: Effort) -> None:
+        """Measure calls as they are, then replays of the graph, each launched while the device sleeps."""
+        super().take_turn(effort)
+        cuda = self.cuda
+        if self.graph is None:
+            self._record()
+        for _ in range(REPLAYS):
+            cuda.sleep(LAUNCH)
+            begin = cuda.mark()
+            self.graph.replay()
+            end = cuda.mark()
+            cuda.synchronize()
+            self.in_graph.append(begin.elapsed_time(end) / 1e3 / STEPS)
+
+    def _record(self) -> None:
+        """Record the graph, and see that it computes what the same calls do outside of it."""
+        self.first_token = self.make()  # the graph reads it where it lies
+        wanted = self._tokens()
+        self.graph, found = self.cuda.record(self._tokens)
+        self.graph.replay()
+        self.cuda.synchronize()
+        if not all(map(torch.equal, tree_leaves(found), tree_leaves(wanted))):
+            raise RuntimeError("another result in a CUDA graph than outside")
+
+    def _tokens(self) -> Any:
+        made = self.first_token
+        for _ in range(STEPS):
+            result = self.call(made)
+            made = self.following(made, result)
+        return result
+
+    def figures(self) -> dict[str, Any]:
+        """Return also the time of a token inside the graph, in milliseconds."""
+        return super().figures() | {"ms_graph": 1e3 * float(np.median(self.in_graph))}
 
 
 def copy_bandwidth(cuda: Cuda) -> float:

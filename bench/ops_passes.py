@@ -1,13 +1,15 @@
 """The passes that ops.py times, of any operator: how each is called, what it returns, how far that is from right."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from operator_base import Inputs, Operator, relative_error
-from ops_cuda import Cuda, CudaTask
+from ops_cuda import Cuda, CudaTask, StepTask
 from ops_saved import kept_bytes
+from ops_table import OURS
 from ops_timing import Task
 from providers import Provider
 from torch import Tensor
@@ -71,6 +73,11 @@ def _step(provider: Provider, arguments: Arguments) -> Any:
         return provider.one_token(arguments.leaves, arguments.initial)
 
 
+def _following(arguments: Arguments, result: Any) -> Arguments:
+    """Return the same token after the state that this package's step has returned, with the output or as the output."""
+    return replace(arguments, initial=result[1] if isinstance(result, tuple) else result)
+
+
 PASSES = {
     "forward": Pass(_as_it_is, _forward, output=True),
     "backward": Pass(_graph, _backward, output=False, gradients=True),
@@ -101,11 +108,13 @@ def task(provider: Provider, which: str, inputs: Inputs, place: torch.device) ->
 def cuda_task(operator: Operator, provider: Provider, which: str, inputs: Inputs, cuda: Cuda) -> CudaTask:
     """Return the call that is timed on a GPU, with as many copies of its inputs as its cache cannot hold.
 
-    Those of a step are small: its cache holds all copies, as it would hold what a model has just computed.
+    Those of a step are small: its cache holds all copies, as it would hold what a model has just computed. Our own step
+    is timed inside a CUDA graph too.
     """
     one, place = PASSES[which], cuda.device
     size = operator.compulsory_bytes("step" if which == "step" else "forward", inputs)
-    return CudaTask(
+    kind = partial(StepTask, following=_following) if which == "step" and provider.name == OURS else CudaTask
+    return kind(
         lambda prepared: one.call(provider, prepared),
         place,
         cuda=cuda,

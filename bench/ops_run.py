@@ -39,7 +39,7 @@ WRONG = {
     "float16": 5e-3,
     "bfloat16": 3e-2,
 }
-EMPTY = ("ms", "ms_min", "quantiles", "ms_first", *ops_timing.ONLY_GPU, "saved_bytes", "gbps", "fraction")
+EMPTY = ("ms", "ms_min", "quantiles", "ms_first", *ops_timing.ONLY_GPU, "ms_graph", "saved_bytes", "gbps", "fraction")
 
 
 class DeviceLostError(Exception):

@@ -7,64 +7,10 @@ from typing import Any
 import pytest
 import torch
 from bench_scripts import load
+from simulated_gpu import CPU, Simulated
 
 timing, cuda_timing, passes, operators = map(load, ("ops_timing", "ops_cuda", "ops_passes", "operators"))
-CPU = torch.device("cpu")
 EFFORT = timing.Effort(repeats=5, seconds=1e-3, turn=1e-3)
-
-
-class Event:
-    def __init__(self, simulated: "Simulated") -> None:
-        self.simulated, self.time = simulated, max(simulated.clock, simulated.free)
-
-    def query(self) -> bool:
-        return self.simulated.clock >= self.time
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 1e3 * (other.time - self.time)
-
-
-class Simulated:
-    """Takes the place of ops_cuda.Cuda. Time passes where it is said to."""
-
-    def __init__(self, cache: int = 100) -> None:
-        self.device, self.cache = CPU, cache
-        self.clock = self.free = 0.0
-        self.slept: list[float] = []
-        self.allocated = self.most = self.queued = 0
-
-    def launch(self, kernel: float, host: float) -> None:
-        """Keep the host busy, then queue a kernel."""
-        self.clock += host
-        self.free = max(self.free, self.clock) + kernel
-
-    def now(self) -> float:
-        return self.clock
-
-    def synchronize(self) -> None:
-        self.clock, self.queued = max(self.clock, self.free), 0
-
-    def mark(self) -> Event:
-        self.clock += 1e-7
-        return Event(self)
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.launch(seconds, 1e-6)
-
-    def evict(self) -> None:
-        self.launch(1e-4, 1e-6)
-
-    def begin_peak(self) -> int:
-        self.most = self.allocated
-        return self.allocated
-
-    def peak(self) -> int:
-        return self.most
-
-    def allocate(self, size: int) -> None:
-        self.allocated += size
-        self.most = max(self.most, self.allocated)
 
 
 def measured(task: Any) -> dict[str, Any]:

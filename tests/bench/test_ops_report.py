@@ -115,3 +115,19 @@ def test_table_on_a_gpu_says_what_was_reached(fraction: float, ms: float, ours: 
     assert " 8, 4096, 2048 packed " in third
     assert f"0.85, {ours}" in first
     assert f"3, {peer}" in second
+
+
+@pytest.mark.parametrize(
+    ("ms", "channels", "wanted"),
+    [
+        (0.0029, 8192, "0.003 ms in a graph, reached"),
+        (0.0031, 8192, "0.003 ms in a graph, MISSED"),
+        (0.0031, 8193, ""),
+        (None, 8192, ""),
+    ],
+)
+def test_table_says_whether_a_step_in_a_graph_is_short_enough(ms: float | None, channels: int, wanted: str) -> None:
+    line = table.tables([row("fastwkv", 1.0, "step", T=1, C=channels, ms_graph=ms)], "cuda").splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[table.HEAD.index("ms in a graph")] == ("" if ms is None else f"{ms:g}")
+    assert cells[-1] == wanted

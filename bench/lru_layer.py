@@ -1,0 +1,196 @@
+"""Time and memory of a whole LRU layer, forward, and forward and backward, in three forms.
+
+"fastwkv" is fastwkv.nn.LRU: B u and h are pairs of real and imaginary part in the dtype of the model. "complex64" has
+them as complex64, whatever that dtype (in float32 the two are the same). "fft" convolves B u with λ^t by Fourier
+transforms, in complex64. All have the same parameters and products.
+
+Output and gradients are first compared with the layer in float64, which has the same parameters; a form whose result is
+wrong is reported as wrong and not timed. The others are timed by turns in one run, the first runs not counted. Let the
+machine do nothing else: how many cores other processes used meanwhile is recorded as "other_cores".
+
+On a GPU "ms" is the time of the device, and "ms_host" how long a call keeps the host. "peak_bytes" is the most memory
+that a call takes beyond what was there before, its results counted: on a GPU the allocator's, on a CPU that of all
+tensors that operations return, counted in a run of its own. "saved_bytes" is what a graph keeps for its backward pass
+beyond tokens, parameters and output, each storage counted once.
+"""
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import ops_cuda
+    import ops_timing
+    import result_file
+    from about import about_device, about_software
+    from command_line import DTYPES, Parser, check_writable, device, names
+    from lru_layer_forms import ABOUT, FORMS
+    from lru_layer_run import PASSES, REFERENCE, RING, Case, Measurement, Shape, draw
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"lru_layer.py: {error}; pip install -e '.[bench]' installs what it needs")
+
+OURS = "fastwkv"
+KNOWN_DTYPES = [name for name in DTYPES if name != "float64"]  # of "fft" and "complex64" nothing is left there
+DEFAULT_DTYPES = ["bfloat16", "float32"]
+GPU_SHAPES: list[Shape] = [(8, 4096, 1024, 1024), (1, 65536, 1024, 1024)]
+CPU_SHAPES: list[Shape] = [(4, 2048, 256, 256), (1, 8192, 256, 256)]
+QUICK_SHAPES: list[Shape] = [(2, 64, 16, 24)]
+# On a GPU: how many times the time and the memory of this package every other form should take.
+TARGET, TARGET_ROW = 2.0, ("forward+backward", "bfloat16", GPU_SHAPES[0])
+BUSY = 0.1  # cores of other processes
+
+HEAD = ["pass", "B, T, H, N", "dtype", "form", "ms", "least", "10 to 90 %", "peak MB", "kept MB", "error"]
+HEAD += ["time, times ours", "peak, times ours", "target"]
+
+
+class Run:
+    """One call of the program and the file that it writes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read the settings; nothing is measured yet."""
+        self.args = args
+        gpu = args.device.type == "cuda"
+        self.cuda = ops_cuda.Cuda(args.device) if gpu else None
+        full, quick = (ops_timing.GPU, ops_timing.GPU_QUICK) if gpu else (ops_timing.FULL, ops_timing.QUICK)
+        self.effort = quick if args.quick else full
+        self.rows: list[dict[str, Any]] = []
+        self.about = {
+            "benchmark": "lru_layer",
+            "device": about_device(args.device),
+            **about_software(),
+            "settings": {
+                "seed": args.seed,
+                "quick": args.quick,
+                "ring": RING,
+                "reference": REFERENCE,
+                "providers": {name: ABOUT[name] for name in args.providers},
+            },
+        }
+
+    def save(self) -> None:
+        """Write lru_layer.json."""
+        result_file.write(self.args.out / "lru_layer.json", {**self.about, "rows": self.rows})
+
+    def run(self) -> None:
+        """Measure every case, one at a time in memory."""
+        args = self.args
+        cases = [Case(shape, dtype) for shape in args.shapes for dtype in args.dtypes]
+        with tqdm(total=len(cases) * len(PASSES) * len(args.providers), disable=None) as bar:
+            for case in cases:
+                bar.set_description(f"{list(case.shape)} {case.dtype}")
+                inputs = draw(case, args.seed)
+                one = Measurement(case, args.providers, self.effort, self.cuda, bar.update)
+                self.rows += one.rows(inputs)
+                self.save()
+
+
+def table(rows: list[dict[str, Any]], device_type: str) -> str:
+    """Lay out what was measured in markdown; below it whose result is wrong and who failed."""
+    ours = {_case(row): row for row in rows if row["provider"] == OURS and row["status"] == "ok"}
+    lines = [_line(row, ours.get(_case(row)), device_type) for row in rows if row["status"] == "ok"]
+    notes = [
+        f"{row['provider']}, {row['pass']}, {_shape(row)}, {row['dtype']}: {row['status']}, {row['reason']}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return "\n".join([result_file.markdown(HEAD, lines, texts=4), *notes])
+
+
+def _line(row: dict[str, Any], ours: dict[str, Any] | None, device_type: str) -> list[str]:
+    low, high = (f"{row['quantiles'][q]:.4g}" for q in ("0.1", "0.9"))
+    line = [row["pass"], _shape(row), row["dtype"], row["provider"], f"{row['ms']:.4g}", f"{row['ms_min']:.4g}"]
+    line += [f"{low} - {high}" if row["repeats"] > 1 else "once", _megabytes(row["peak_bytes"])]
+    line += [_megabytes(row["saved_bytes"]), f"{row['error']:.1e}"]
+    if ours is None or row["provider"] == OURS:
+        return [*line, "", "", ""]
+    ratios = [row[key] / ours[key] for key in ("ms", "peak_bytes")]
+    verdict = "reached" if min(ratios) >= TARGET else "MISSED"
+    aimed_at = device_type == "cuda" and _case(row) == TARGET_ROW
+    return [*line, *(f"{ratio:.2f}" for ratio in ratios), f"{TARGET:g}, {verdict}" if aimed_at else ""]
+
+
+def _case(row: dict[str, Any]) -> tuple[str, str, Shape]:
+    return row["pass"], row["dtype"], (row["B"], row["T"], row["H"], row["N"])
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return ", ".join(str(row[key]) for key in "BTHN")
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f}"
+
+
+def shapes(text: str) -> list[Shape]:
+    """Read shapes such as 8x4096x1024x1024: B, T, H and N."""
+    found: list[Shape] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", part.strip())):
+            raise argparse.ArgumentTypeError(f"expected shapes like 8x4096x1024x1024 (B, T, H, N), got {part!r}")
+        B, T, H, N = map(int, match.groups())
+        found.append((B, T, H, N))
+    return list(dict.fromkeys(found))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    head, *rest = __doc__.split("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="lru_layer.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    option = parser.add_argument
+    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    gpu, cpu = (",".join("x".join(map(str, one)) for one in group) for group in (GPU_SHAPES, CPU_SHAPES))
+    option("--shapes", type=shapes, metavar="LIST", help=f"BxTxHxN, comma-separated (default: GPU {gpu}; CPU {cpu})")
+    for name, kind, known, default in (
+        ("--dtypes", "dtype", KNOWN_DTYPES, DEFAULT_DTYPES),
+        ("--providers", "provider", FORMS, list(FORMS)),
+    ):
+        text = f"comma-separated, of {', '.join(known)} (default: {','.join(default)})"
+        option(name, type=names(kind, known), default=default, metavar="LIST", help=text)
+    option("--quick", action="store_true", help="a tiny shape and few repetitions: seconds, and no measure of anything")
+    option("--seed", type=int, default=0, metavar="N", help="of parameters and tokens (default: 0)")
+    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    args = parser.parse_args(arguments)
+    args.device = device(args.device, parser)
+    args.shapes = args.shapes or (
+        QUICK_SHAPES if args.quick else GPU_SHAPES if args.device.type == "cuda" else CPU_SHAPES
+    )
+    check_writable(args.out, parser)
+    result_file.keep_other_hardware(args.out / "lru_layer.json", about_device(args.device), parser)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
+    args = parse(arguments)
+    run = Run(args)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 0
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        status = 130
+        print("\ninterrupted: writing what was measured", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        run.save()
+    print(f"\n{table(run.rows, args.device.type)}\n\nwrote {args.out / 'lru_layer.json'}")
+    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
+    if busy > BUSY and args.device.type == "cpu":
+        print(
+            f"lru_layer.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr
+        )
+    bad = [row for row in run.rows if row["provider"] == OURS and row["status"] != "ok"]
+    for row in bad:
+        print(
+            f"lru_layer.py: {OURS}, {row['pass']}, {row['dtype']}: {row['status']} ({row['reason']})", file=sys.stderr
+        )
+    return status or int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
