@@ -31,7 +31,7 @@ SCAN_ROWS = 16
 
 
 def scan_rows(itemsize: int, parts: int, exact: bool, packed: bool) -> int:
-    """Tokens of a tile, for numbers of one part or two of ``itemsize`` bytes in registers and sums that are exact or not.
+    """Tokens of a tile, for numbers of one part or two of ``itemsize`` bytes in registers, their sums exact or not.
 
     In float64 16 tokens would spill in the backward pass. Unrolled 16 times, complex numbers take 9 seconds to compile
     if sums are exact, and 17 if sequences are packed.

@@ -137,11 +137,9 @@ class LRU(nn.Module):
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
-        a, x = self._multiplier(u), self._project(u)
-        h, final = linear_scan(a, x, state, return_state=True, cu_seqlens=cu_seqlens)
-        if self.bidirectional:
-            h = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2)
-        y = self._read(h, u)
+        skip = self._skip(u)  # first: the backward pass, which keeps its gradient of u, then comes to it last
+        h, final = self._scan(u, state, cu_seqlens)
+        y = self._read(h, skip).to(u.dtype)
         return (y, final) if return_state else y
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -164,7 +162,7 @@ class LRU(nn.Module):
         if state is None:
             state = torch.zeros(u_t.shape[0], self.state, dtype=self._state_dtype(u_t), device=u_t.device)
         state = linear_scan_step(self._multiplier(u_t), self._project(u_t), state)
-        return self._read(torch.view_as_real(state), u_t), state
+        return self._read(torch.view_as_real(state), self._skip(u_t)).to(u_t.dtype), state
 
     def extra_repr(self) -> str:
         """Return the sizes, for print."""
@@ -189,12 +187,23 @@ class LRU(nn.Module):
         x = F.linear(u.to(products), weight.flatten(0, 1).to(products))
         return x.view(*u.shape[:-1], self.state, 2)
 
-    def _read(self, h: Tensor, u: Tensor) -> Tensor:
-        """Return Re(C h) + D ⊙ u for an h of pairs, by one real product."""
+    def _scan(self, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        a = self._multiplier(u)
+        if not self.bidirectional:  # nothing here holds B u, which is as large as h
+            return linear_scan(a, self._project(u), state, return_state=True, cu_seqlens=cu_seqlens)
+        x = self._project(u)
+        h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
+        return torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2), final
+
+    def _skip(self, u: Tensor) -> Tensor:
         products, _ = compute_dtypes(u, self.D)
+        return self.D.to(products) * u.to(products)
+
+    def _read(self, h: Tensor, skip: Tensor) -> Tensor:
+        """Return Re(C h) + skip for an h of pairs, by one real product."""
         weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
-        y = F.linear(h.flatten(-2).to(products), weight.to(products))
-        return torch.addcmul(y.to(products), self.D.to(products), u.to(products)).to(u.dtype)
+        y = F.linear(h.flatten(-2).to(skip.dtype), weight.to(skip.dtype))
+        return y.to(skip.dtype).add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
