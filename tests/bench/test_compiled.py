@@ -1,6 +1,5 @@
 """Every kernel compiles for every target and dtype, keeps its values in registers, and what is read of it is right."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from compiled_gpu import LANES, Instruction, clocks, resident_warps, warp_cycles
 from filelock import FileLock
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "compiled.py"
-EVERY = ["float32", "bfloat16", "float64", "complex64", "complex128"]
+EVERY = ["float32", "bfloat16", "float64", "complex64", "complex128", "bfloat16x2"]
 BOTH = ["bfloat16", "float32"]
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # The whole table takes many minutes: `make compiled`. Here one target has every variant, in every dtype but float16,
@@ -75,7 +74,9 @@ def test_every_kernel_is_there_for_every_dtype(rows):
         if kernel.endswith("carry"):  # which know the accumulation dtypes only
             continue
         for dtype in EVERY:
-            exists = not dtype.startswith("complex") or (kernel.startswith("scan") and "log" not in kernel)
+            exists = not dtype.startswith(("complex", "bfloat16x2")) or (
+                kernel.startswith("scan") and "log" not in kernel
+            )
             assert ((kernel, dtype, "sm_90") in rows) == exists, (kernel, dtype)
 
 
@@ -117,14 +118,32 @@ def test_a_warp_of_wkv_hardly_waits_for_memory(rows, kernel, dtype, target):
 
 
 @pytest.mark.parametrize("target", NVIDIA)
-def test_a_token_of_the_scan_costs_what_is_written(rows, target):
-    # Three of a, x and h in 16 bits, their conversion and one fused multiply-add; exact sums in float32 about 12 more.
-    assert rows["scan forward", "bfloat16", target]["instructions"] <= 8
-    assert rows["scan forward", "float32", target]["instructions"] <= 16
-    assert rows["scan backward", "float32", target]["instructions"] <= 20
-    for dtype, kernel in itertools.product(("bfloat16", "float32", "complex64"), ("forward", "backward")):
-        if dtype in BOTH or target == "sm_90":
-            assert rows[f"scan {kernel}", dtype, target]["special"] == 0
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["", ", fixed a"])
+def test_the_scan_keeps_up_with_the_memory_where_one_chunk_fills_the_device(rows, kind, way, target):
+    # With B C = 16384 a multiprocessor has 124 channels, in four warps of one scheduler each. While it moves a row of
+    # them at 18.6 bytes a clock, a warp must be done with its own, waiting included.
+    numbers = {"forward": 3, "backward": 5} if kind == "" else {"forward": 2, "backward": 3}
+    for dtype, itemsize in {"bfloat16": 2, "float32": 4, "complex64": 8, "bfloat16x2": 4}.items():
+        row = rows.get((f"scan {way}{kind}", dtype, target))
+        if row is None:
+            assert target != "sm_90"
+            continue
+        assert row["special"] == 0
+        # 0.85 of the copy bandwidth is asked.
+        assert row["waiting"] <= numbers[way] * itemsize * 124 / 18.6 / 0.85, dtype
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_instructions_of_the_scan_are_what_is_written(rows, target):
+    # 16 bits: a fused multiply-add and what brings three numbers to a lane and back. Exact sums are about 12 more, a
+    # gate of its own digits 30.
+    assert rows["scan forward", "bfloat16", target]["instructions"] <= 12
+    assert rows["scan forward, fixed a", "bfloat16", target]["instructions"] <= 9
+    assert rows["scan backward", "bfloat16", target]["instructions"] <= 18
+    assert rows["scan forward", "float32", target]["instructions"] <= 22
+    assert rows["scan backward", "float32", target]["instructions"] <= 29
+    assert rows["scan forward, log a", "float32", target]["instructions"] <= 52
     assert rows["scan forward, log a", "bfloat16", target]["special"] == 1
 
 
@@ -135,11 +154,10 @@ def test_loads_and_stores_are_as_wide_as_the_program_allows(rows, kernel, dtype,
     def usual(accesses):
         return int(max(accesses, key=lambda width: accesses[width]))
 
-    least = 16 if kernel.startswith("wkv") else 8
     row = rows[kernel, dtype, target]
-    assert usual(row["loads"]) >= least
+    assert usual(row["loads"]) == 16
     # In 16 bits two stores of y are fewer than the three of a saved state, a number a lane.
-    assert usual(row["stores"]) >= (4 if (kernel, dtype) == ("wkv forward", "bfloat16") else least)
+    assert usual(row["stores"]) >= (4 if (kernel, dtype) == ("wkv forward", "bfloat16") else 16)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -158,7 +176,8 @@ def test_the_main_loop_moves_what_it_has_to(rows, dtype, size, target):
 def test_a_multiprocessor_holds_the_warps_that_a_launch_wants(rows, target):
     for kernel in ("wkv forward", "wkv backward", "scan forward", "scan backward"):
         for dtype in BOTH:
-            assert rows[kernel, dtype, target]["warps"] >= 8
+            # On 8.0 the shared memory has room for seven where three inputs are read in float32.
+            assert rows[kernel, dtype, target]["warps"] >= (7 if (target, dtype) == ("sm_80", "float32") else 8)
 
 
 def test_times_are_there_for_one_maker_and_agree_with_the_instructions(rows):
