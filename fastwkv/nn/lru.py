@@ -202,7 +202,9 @@ class LRU(nn.Module):
     def _read(self, h: Tensor, skip: Tensor) -> Tensor:
         """Return Re(C h) + skip for an h of pairs, by one real product."""
         weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
-        y = F.linear(h.flatten(-2).to(skip.dtype), weight.to(skip.dtype))
+        # Under autocast h has 16 bits already: made wider it would be rounded again, and kept twice.
+        h = h.flatten(-2) if h.dtype.itemsize == 2 else h.flatten(-2).to(skip.dtype)
+        y = F.linear(h, weight.to(skip.dtype))
         return y.to(skip.dtype).add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:

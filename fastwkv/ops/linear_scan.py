@@ -58,7 +58,8 @@ def linear_scan(
     States are float32 for 16-bit and float32 results, of the dtype of the result otherwise. What roundings cut off is
     carried along, so that for |a| <= 1 a result of 32 bits or more is rounded about once, whatever T. Where |a| > 1 it
     grows as the formula says (on a GPU, time is cut into chunks where B and C are small: there the product of the
-    multipliers of a chunk must not overflow unless the state before it is 0). Two runs give the same bits.
+    multipliers of a chunk must not overflow unless the state before it is 0, and where it underflows an infinite state
+    becomes NaN). Two runs give the same bits.
 
     Gradients of every order reach a (or log_a), x and the initial state, from h and from the final state, in reverse
     and in forward mode; ``torch.func.vmap`` over them is not supported. With a complex a they follow PyTorch's
