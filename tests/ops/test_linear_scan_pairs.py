@@ -1,5 +1,7 @@
 """Complex numbers as pairs of real ones, which may have 16 bits, beside a complex multiplier."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comparison import relative_error
@@ -105,6 +107,60 @@ def test_sums_in_32_bits_whatever_the_pairs_have(implementation, dtype):
     assert (final == 2068 * (1 + 1j)).all()
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_step_is_differentiable(implementation, dtype, log):
+    case = make_case(0, 2, 4, 3, dtype=torch.complex64, log=log)
+    wanted = run(case, dtype, "cpu", reference.linear_scan, wide=torch.float64)[2:]
+    a, x, initial, _ = case.arguments(implementation.device)
+    x, state, outputs = pairs_of(x.detach(), dtype).requires_grad_(), initial, []
+    for t in range(4):
+        gate = {"log_a": a[:, t]} if log else {}
+        state = linear_scan_step(None if log else a[:, t], x[:, t], state, **gate)
+        outputs.append(torch.view_as_real(state).to(dtype))
+    generator = torch.Generator().manual_seed(0)  # as in run
+    cotangents = [torch.randn(2, 4, 3, 2, generator=generator).to(x)]
+    cotangents.append(torch.randn(2, 3, dtype=torch.complex64, generator=generator).to(state))
+    gradients = torch.autograd.grad((torch.stack(outputs, 1), state), (a, x, initial), cotangents)
+    assert gradients[1].dtype == dtype
+    for gradient, want in zip(gradients, wanted, strict=True):
+        gradient, want = (t if t.is_complex() else numbers(t) for t in (gradient, want))
+        assert relative_error(gradient, want, floor=1.0) <= (ORDINARY[dtype][1] if gradient.dim() == 3 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+def test_a_multiplier_of_double_precision_makes_sums_so_and_no_pairs(implementation, dtype):
+    case = make_case(0, 2, 20, 3, dtype=torch.complex128)
+    h, final, ga, gx, ginitial = run(case, dtype, implementation.device)
+    assert h.dtype == gx.dtype == dtype
+    assert final.dtype == ga.dtype == ginitial.dtype == torch.complex128
+    wanted = run(case, dtype, "cpu", reference.linear_scan, wide=torch.float64)
+    unit = torch.finfo(dtype).eps / 2
+    for result, right, allowed in zip((h, final, ga, gx, ginitial), wanted, (unit, 0, 0, unit, 0), strict=True):
+        result, right = (t if t.is_complex() else numbers(t) for t in (result, right))
+        assert relative_error(result, right) <= allowed + 1e-14
+    a, x, state, _ = (None if t is None else t.detach() for t in case.arguments(implementation.device))
+    step = linear_scan_step(a[:, 0], pairs_of(x, dtype)[:, 0], state)
+    assert relative_error(step, a[:, 0] * state + numbers(pairs_of(x, dtype)[:, 0]).to(state.device)) <= 1e-15
+
+
+def test_overflow_of_float16_stays_in_its_channel_and_out_of_the_state(implementation):
+    case = make_case(0, 2, 37, 3, dtype=torch.complex64, radius=(0.9, 0.99))
+    far = replace(case, x=case.x.clone())
+    far.x[1, 19, 2] = far.x[1, 20, 2] = 60_000  # h is infinite for some tokens from the second on, then finite
+    far.a[1, 20, 2] = 1
+    (h, final, ga, gx, ginitial), near = (run(c, torch.float16, implementation.device) for c in (far, case))
+    exact = run(far, torch.float16, "cpu", reference.linear_scan, wide=torch.float64)
+    infinite = h.isinf().any(-1)
+    assert infinite.cpu().equal((exact[0].abs() > 65519).any(-1))  # what is rounded to more than the largest, 65504
+    assert 1 <= infinite.sum() < 17
+    assert relative_error(final, exact[1]) <= 1e-6
+    torch.testing.assert_close(gx, near[3], rtol=0, atol=0)
+    torch.testing.assert_close(ginitial, near[4], rtol=0, atol=0)
+    # The gradient of a reads h as it was written, of the token before.
+    assert ga.isfinite()[:, 1:].logical_not().equal(infinite[:, :-1])
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_backward_keeps_half_of_what_complex64_keeps(dtype):
     case = make_case(0, 2, 64, 32, dtype=torch.complex64, fixed=True, state=False)
@@ -174,14 +230,21 @@ def test_opcheck_and_compilation_pass(implementation, lengths):
     torch.testing.assert_close(compiled(a, x, initial, cu_seqlens=cut), h, rtol=0, atol=0)
 
 
-def test_pairs_that_are_views_just_work(implementation):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pairs_that_are_views_just_work(implementation, dtype):
     case = make_case(0, 2, 19, 6, dtype=torch.complex64, fixed=True)
     a, x, *_ = (None if t is None else t.detach() for t in case.arguments(implementation.device))
-    x = pairs_of(x, torch.bfloat16)
+    x = pairs_of(x, dtype)
     wanted = linear_scan(a[::2].contiguous(), x[:, :, ::2].contiguous())
     torch.testing.assert_close(linear_scan(a[::2], x[:, :, ::2]), wanted, rtol=0, atol=0)
     halves = torch.stack((x[..., 0], x[..., 1])).movedim(0, -1)  # parts far from each other
-    torch.testing.assert_close(linear_scan(a, halves), linear_scan(a, x), rtol=0, atol=0)
+    wanted = linear_scan(a, x)
+    torch.testing.assert_close(linear_scan(a, halves), wanted, rtol=0, atol=0)
+    h = linear_scan(a, leaf := x.clone().requires_grad_())
+    (gx,), (gx_halves,) = (torch.autograd.grad(h, leaf, g, retain_graph=True) for g in (x, halves))
+    torch.testing.assert_close(gx_halves, gx, rtol=0, atol=0)
+    first = linear_scan_step(a, halves[:, 0], torch.zeros_like(a).expand(2, -1))
+    torch.testing.assert_close(torch.view_as_real(first).to(dtype), wanted[:, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
