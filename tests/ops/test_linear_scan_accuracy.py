@@ -41,10 +41,15 @@ def test_nothing_is_lost_where_little_is_forgotten(implementation, decay, fixed)
 def test_sum_of_what_has_one_sign_is_exact(implementation, dtype):
     # Every rounding of a running sum that grows slowly is in the same direction: a plain loop is off by 1e-4.
     tokens = length(implementation, 8192, 256)
-    x = torch.full((1, tokens, 3), 0.1, dtype=dtype, device=implementation.device)
-    h = linear_scan(torch.ones(3, dtype=dtype, device=implementation.device), x)
-    wanted = torch.arange(1, tokens + 1, dtype=torch.float64)[None, :, None] * float(x[0, 0, 0].real)
-    assert relative_error(h, wanted.expand(h.shape).to(torch.complex128 if dtype.is_complex else torch.float64)) <= 4e-8
+    x = torch.full((1, tokens, 3), 0.1, dtype=dtype, device=implementation.device, requires_grad=True)
+    initial = torch.zeros_like(x[:, 0]).requires_grad_()
+    cut = torch.tensor([0, tokens], device=implementation.device) if dtype.is_complex else None  # packed, or not
+    h = linear_scan(torch.ones_like(x[0, 0]).detach(), x, initial, cu_seqlens=cut)
+    gx, ginitial = torch.autograd.grad(h, (x, initial), x.detach())  # the same sum, from the last token on
+    wanted = torch.arange(1, tokens + 1, dtype=torch.float64)[None, :, None] * x[0, 0, 0].real.item()
+    wanted = wanted.expand(h.shape).to(torch.complex128 if dtype.is_complex else torch.float64)
+    for result, right in ((h, wanted), (gx, wanted.flip(1)), (ginitial, wanted[:, -1])):
+        assert relative_error(result, right) <= 4e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
