@@ -118,7 +118,7 @@ VARIANTS = [
     variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
     variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
     variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
-    variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", *STATES}),
+    variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
     *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
     *scan_variants(

@@ -68,7 +68,7 @@ def _bwd_rows(
         past, now = weigh(d - u)
         total = tl.fma(past, den, now)
         if not SURE:  # without any weight y is 0, whatever the state
-            gy = tl.where(total < tiny(total), 0.0, gy)
+            gy = tl.where(total <= tiny(total), 0.0, gy)
             total = at_least_tiny(total, False)
         s = quotient(now, total)
         gy_past = gy * quotient(past * weight, total)
@@ -274,7 +274,9 @@ def wkv_bwd(
             summary = k.new_empty(4, B * chunks, C, dtype=acc)
             carry = k.new_empty(2, B * chunks, C, dtype=acc)
             _wkv_bwd_kernel[grid](*inputs, None, None, None, summary, None, N, T, launch.chunk, **tiles, **options)
-            _wkv_bwd_carry_kernel[B, grid[1]](gfinal, summary, carry, N, chunks, GROUP=CARRY_GROUP, **options)
+            _wkv_bwd_carry_kernel[B, grid[1]](
+                gfinal, summary, edges, carry, N, T, launch.chunk, GROUP=CARRY_GROUP, **options
+            )
         _wkv_bwd_kernel[grid](
             *inputs, carry, gk, gv, gwu, None if initial is None else ginitial, N, T, launch.chunk, **tiles, **options
         )

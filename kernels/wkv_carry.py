@@ -53,18 +53,21 @@ def _wkv_carry_kernel(
                 age = tl.where(starts, 0.0, age)
 
 
-@triton.jit(do_not_specialize=["N", "chunks"])
+@triton.jit(do_not_specialize=["N", "T", "chunk"])
 def _wkv_bwd_carry_kernel(
     gfinal_ptr,  # [2, N, C], or None
     summary_ptr,  # [4, B * chunks, C]: cm, cl, a, b
+    edge_ptr,  # int32 [T], or None
     carry_ptr,  # [2, B * chunks, C], written: (gm, gl) after every chunk
     N,
-    chunks,
+    T,
+    chunk,
     C: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = carry_ptr.dtype.element_ty
+    chunks = tl.cdiv(T, chunk)
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
@@ -94,3 +97,10 @@ def _wkv_bwd_carry_kernel(
             cm, cl, past, mixed = summaries[j]
             gl = tl.fma(past, gl, tl.fma(mixed, gm, cl))
             gm = tl.fma(past, gm, cm)
+            if edge_ptr is not None:  # a chunk in which a sequence ends carries nothing over, not even a NaN
+                i = tl.maximum(last - j, 0)
+                first_edge = tl.load(edge_ptr + i * chunk)
+                last_edge = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
+                ends = ((last_edge & 2) != 0) | ((first_edge >> 2) != (last_edge >> 2))
+                gl = tl.where(ends, cl, gl)
+                gm = tl.where(ends, cm, gm)

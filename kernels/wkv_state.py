@@ -90,7 +90,9 @@ def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
     p, error = two_sum(anchor, -decay)
     error -= decay_low
     fold = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0)  # error is NaN where p overflowed to -inf
-    gone = (p <= 0.9 * NO_PAST) & (den == den)  # after a NaN p may be anything
+    # After a NaN p may be anything: -inf would make an empty state of it where it is loaded.
+    p = tl.where(den == den, p, 0.0)
+    gone = p <= 0.9 * NO_PAST
     tl.store(ptr, tl.where(gone, 0.0, num * fold), mask=mask)
     tl.store(ptr + field, tl.where(gone, 0.0, den * fold), mask=mask)
     tl.store(ptr + 2 * field, tl.where(gone, -float("inf"), p), mask=mask)
