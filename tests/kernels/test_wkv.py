@@ -13,8 +13,9 @@ from guarded import GuardedMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import Implementation
-from wkv_cases import ORDINARY, cases, expected, make_case
+from wkv_cases import ORDINARY, cases, make_case, state_invariants
 
+from fastwkv import WKVState, reference
 from fastwkv.kernels.config import CARRY_GROUP, WARPS_WANTED, Launch, checkpoint_rows, wkv_launch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,16 +26,40 @@ MANY_TOKENS = (CARRY_GROUP + 1) * TILE - 2
 MANY_CHUNKS = [3, MANY_TOKENS - 1, TILE, 1]
 
 
+def cotangent(t):
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t)
+
+
 def launch(context, case, place=lambda t: t, final=True, **options):
     """Run forward and backward through the launchers; gradients are those of y, of random cotangent."""
     w, u, k, v, state, cu = case.arguments(context.device)
     inputs = [place(t.detach()) for t in (w, u, k, v)]
     packed = None if state is None else place(torch.stack(tuple(state)).detach())
-    gy = place(torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(k))
+    gy = place(cotangent(k))
     y, state_after, checkpoints = context.launcher("wkv_fwd")(*inputs, packed, cu, True, **options)
     gfinal = place(torch.zeros_like(state_after[:2]) + 1) if final else None
     gradients = context.launcher("wkv_bwd")(*inputs, packed, cu, checkpoints, gy, gfinal, **options)
     return [y, state_after, checkpoints, *gradients]
+
+
+def exact(case, final=True):
+    """Return what :func:`launch` should, from the reference: no checkpoints, and of the final state its invariants."""
+    w, u, k, v, state, cu = case.arguments(exact=True)
+    y, state_after = reference.wkv_loop(w, u, k, v, state, return_state=True, cu_seqlens=cu)
+    mean, log_weight = state_invariants(state_after).values()
+    loss = (y * cotangent(k)).sum() + (mean + log_weight).sum() * final
+    if state is None:
+        return [y, mean, log_weight, *torch.autograd.grad(loss, (w, u, k, v))]
+    *gradients, gnum, gmax = torch.autograd.grad(loss, (w, u, k, v, state.num, state.max))
+    return [y, mean, log_weight, *gradients, torch.stack((gnum * state.den, gmax))]
+
+
+def assert_meets(results, wanted, bounds, **options):
+    """Compare what :func:`launch` has returned with what :func:`exact` has."""
+    y, final, _, *gradients = results
+    results = y, *state_invariants(WKVState(*final)).values(), *gradients[: len(wanted) - 3]
+    for index, (result, one, bound) in enumerate(zip(results, wanted, bounds, strict=True)):
+        assert relative_error(result, one, **options) <= bound, index
 
 
 def assert_keeps_to_its_memory(implementation, case, **options):
@@ -47,12 +72,16 @@ def assert_keeps_to_its_memory(implementation, case, **options):
         torch.testing.assert_close(result, wanted, rtol=0, atol=0)
 
 
-def invariants(final):
-    return final[0] / final[1], final[2] + final[1].log()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "state"),
+    [
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.float64, True),
+        (torch.bfloat16, False),
+        (torch.float16, True),
+    ],
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (2, 17, 16), (1, 33, 65), (3, 16, 7), (1, 40, 128)])
 def test_memory_beside_tensors_is_neither_read_nor_written(implementation, shape, state, dtype):
     assert_keeps_to_its_memory(implementation, make_case(0, *shape, dtype=dtype, state=state))
@@ -106,13 +135,10 @@ def test_step_keeps_to_its_memory(implementation):
 )
 def test_chunks_along_time_change_nothing(case, blocks, block_c):
     with Implementation("triton") as context:
-        whole = launch(context, case, launch=Launch(32, 1, 16 * ROWS))
-        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * ROWS))
+        results = launch(context, case, launch=Launch(block_c, 1, blocks * ROWS))
+    wanted = exact(case)
     output, gradient = ORDINARY[case.dtype]
-    for index, (result, wanted) in enumerate(zip(chunked, whole, strict=True)):
-        if index in (1, 2):  # states: their scale is free
-            continue
-        assert relative_error(result, wanted, floor=1.0) <= (output if index == 0 else gradient), index
+    assert_meets(results, wanted, [output] + [gradient] * (len(wanted) - 1), floor=1.0)
 
 
 @pytest.mark.parametrize(
@@ -123,45 +149,34 @@ def test_chunks_along_time_change_nothing(case, blocks, block_c):
 def test_sequences_that_begin_and_end_anywhere_in_chunks(lengths, chunk, state, final):
     case = make_case(5, 2, MANY_TOKENS, 3, dtype=torch.float64, lengths=lengths, state=state, rates=(1e-6, 1e-3))
     with Implementation("triton") as context:
-        results = []
-        for tokens in (chunk, 16 * ROWS):
-            y, after, _, *gradients = launch(context, case, final=final, launch=Launch(4, 1, tokens))
-            results.append((y, *invariants(after), *gradients))
-    for index, (result, wanted) in enumerate(zip(*results, strict=True)):
-        assert relative_error(result, wanted, floor=1.0) <= 1e-12, index
+        results = launch(context, case, final=final, launch=Launch(4, 1, chunk))
+    wanted = exact(case, final)
+    assert_meets(results, wanted, [1e-12] * len(wanted), floor=1.0)
+
+
+@pytest.fixture(scope="module")
+def hard():
+    case = make_case(1, 1, 512, 32, key_range=60.0, rates=(1e-6, 20.0), state=False)
+    return case, exact(case)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 16])
-def test_hard_inputs_meet_the_bounds_in_chunks(chunk):
+def test_hard_inputs_meet_the_bounds_in_chunks(hard, chunk):
+    case, wanted = hard
     with Implementation("triton") as context:
-        case = make_case(1, 1, 512, 32, key_range=60.0, rates=(1e-6, 20.0), state=False)
-        y, *_, gw, gu, gk, gv, _ = launch(context, case, launch=Launch(32, 1, chunk * ROWS))
-        exact = launch(
-            context, replace(case, dtype=torch.float64), launch=Launch(32, 1, 512)
-        )  # itself held to the reference to 1e-12
-    for result, wanted, bound in zip(
-        (y, gw, gu, gk, gv), (exact[0], *exact[3:7]), (2e-6, 2e-5, 5e-6, 5e-6, 5e-6), strict=True
-    ):
-        assert relative_error(result, wanted) <= bound
-
-
-def test_final_state_of_chunks_is_that_of_the_reference():
-    with Implementation("triton") as context:
-        case = make_case(3, 2, 100, 5, dtype=torch.float64)
-        mean, log_weight = invariants(launch(context, case, launch=Launch(4, 1, ROWS))[1])
-    reference = expected(case, backward=False).state
-    assert relative_error(mean, reference["mean"]) <= 1e-12
-    assert relative_error(log_weight, reference["log_weight"]) <= 1e-12
+        results = launch(context, case, launch=Launch(32, 1, chunk * ROWS))
+    assert_meets(results, wanted, (2e-6, 2e-6, 2e-6, 2e-5, 5e-6, 5e-6, 5e-6))
 
 
 def test_nan_stays_in_its_sequence_in_chunks():
     case = make_case(0, 1, 0, 3, dtype=torch.float64, lengths=[5, 12, 7])
     k = case.k.clone()
-    k[0, 9, 1] = torch.nan  # in the third chunk, of a sequence that begins in the second and ends in the fifth
+    # In the third chunk, whose last token is absent, of a sequence that begins in the second and ends in the fifth.
+    k[0, 10, 1], k[0, 11, 1] = torch.nan, -torch.inf
     with Implementation("triton") as context:
         y, final, _, *_, gk, gv, ginitial = launch(context, replace(case, k=k), launch=Launch(4, 1, TILE))
     reached = torch.zeros(case.k.shape, dtype=torch.bool)
-    reached[0, 9:17, 1] = True
+    reached[0, 10:17, 1] = True
     assert y.isnan().cpu().equal(reached)
     reached[0, 5:17, 1] = True
     assert not (gk.isnan() | gv.isnan()).cpu()[~reached].any()

@@ -32,6 +32,25 @@ def test_nan_stays_in_its_channel_and_sequence(implementation, poisoned, lengths
         assert dirty.gradients[name][c].isnan()
 
 
+def test_nan_outlasts_an_absent_token(implementation):
+    # The state that it leaves has no exponent of its own left, and must not pass for an empty one.
+    case = make_case(0, 1, 8, 2)
+    k = case.k.clone()
+    k[0, 3, 1], k[0, 4, 1] = torch.nan, -torch.inf
+    case = replace(case, k=k)
+    w, u, k, v, state, _ = (t if t is None or isinstance(t, tuple) else t.detach() for t in case.arguments())
+    w, u, k, v = (t.to(implementation.device) for t in (w, u, k, v))
+    state = WKVState(*(s.detach().to(implementation.device) for s in state))
+    _, split = wkv(w, u, k[:, :5], v[:, :5], state, return_state=True)
+    y, _ = wkv(w, u, k[:, 5:], v[:, 5:], split, return_state=True)
+    for t in range(5):
+        _, state = wkv_step(w, u, k[:, t], v[:, t], state)
+    y_t, _ = wkv_step(w, u, k[:, 5], v[:, 5], state)
+    for result in (y, y_t, split.num, split.den, state.num, state.den):
+        assert result[..., 1].isnan().all()
+        assert not result[..., 0].isnan().any()
+
+
 def test_nan_rate_spoils_its_own_channel_only(implementation):
     case = make_case(0, 2, 20, 3, state=False)
     y, _ = values(replace(case, w=torch.tensor([0.5, torch.nan, 0.5])), implementation)
@@ -74,6 +93,17 @@ def test_unused_state_is_empty(implementation):
     assert (final.max == -torch.inf).all()
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_state_keeps_what_its_exponent_has_no_digits_for(implementation, tokens):
+    # One key decays to e^-60. There an exponent alone is 2e-6 off, and a product of age and rate as much again.
+    case = make_case(0, 1, tokens, 17, state=False)
+    case = replace(case, w=torch.linspace(59, 61, 17).double() / (tokens - 1), k=torch.full_like(case.k, -torch.inf))
+    case.k[:, 0] = 0
+    _, final = values(case, implementation)
+    exact = -(tokens - 1) * case.w.float().double()
+    assert ((final.max.double() + final.den.double().log()).cpu() - exact).abs().max() <= 2e-7
+
+
 @pytest.mark.parametrize("absent", [0, 1, 3])
 @pytest.mark.parametrize("lengths", [None, [7, 4, 20]])
 def test_learnable_state_of_zeros_gets_its_gradient(implementation, absent, lengths):
@@ -99,7 +129,7 @@ def test_absent_tokens_after_an_empty_state_leave_every_gradient_finite(implemen
     assert_close(run(wkv, case, implementation.device), expected(case), ORDINARY[torch.float32], floor=1.0)
 
 
-@pytest.mark.parametrize("rate", [0.0, -0.3, -5.0, 1e-12, 200.0, 1e35, -1e35])
+@pytest.mark.parametrize("rate", [0.0, -0.3, -5.0, 1e-12, 200.0, 1e35, -1e35, 3e38, -3e38])
 def test_any_finite_rate_is_legal(implementation, rate):
     case = make_case(0, 2, 40, 3, state=False)
     case = replace(case, w=torch.full((3,), rate, dtype=torch.float64))
