@@ -83,6 +83,7 @@ def _wkv_step_kernel(
     moves = (den * factor < LARGEST) & (den * factor > SMALLEST) & (tl.abs(num * factor) < LARGEST)
     factor = tl.where(moves, factor, 1.0)
     p = tl.where(moves, p - shift, p)
+    p = tl.where(den == den, p, 0.0)  # after a NaN it may be anything, and -inf would be an empty state
     gone = p <= 0.9 * NO_PAST
     tl.store(state_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)
     tl.store(state_ptr + size + i, tl.where(gone, 0.0, den * factor), mask=inside)
