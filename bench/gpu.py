@@ -55,7 +55,7 @@ def parts(out: Path) -> list[Part]:
     wkv = [file for file in _files("ops/*", "kernels/*") if file not in scan]
     # The programs' own tests expect the small sizes of a CPU, and the parts below run the programs.
     rest = _files("*", "nn/*", "integrations/*", "reference/*", "kernels/cpu/*")
-    tests = ("-m", "pytest", "-n", "auto", "--dist", "loadgroup", "--timeout", str(int(LIMIT)))
+    tests = ("-m", "pytest", "-n", "auto", "--dist", "worksteal", "--timeout", str(int(LIMIT)))
     found = [
         Part("tests-wkv", "the tests of WKV", _python(*tests, *wkv)),
         Part("tests-scan", "the tests of the linear scan", _python(*tests, *scan)),

@@ -24,7 +24,7 @@ PARTS = [
     (["gfx942"], BOTH, WORK),
 ]
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiled")]  # that share what was compiled
+pytestmark = pytest.mark.timeout(900)
 
 
 def environment():

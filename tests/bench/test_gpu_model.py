@@ -101,7 +101,6 @@ def test_time_in_chunks_costs_another_pass_and_launches():
     assert chunked.moved == 100 * 1024 * 640 * (12 + 8 / 2) + summaries  # one chunk of two is summarised
 
 
-@pytest.mark.xdist_group("compiled")  # whose tests have left these kernels in Triton's cache
 def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     pytest.importorskip("triton", reason="Triton exists on Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
