@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 ROWS = checkpoint_rows(4)  # a multiple of those of float64
 TILE = checkpoint_rows(8)
 # In chunks of a tile: more of them than a group has, of which one sequence has part in many and one is one of them.
-MANY_TOKENS = (CARRY_GROUP + 1) * TILE - 2
-MANY_CHUNKS = [3, MANY_TOKENS - 1, TILE, 1]
+MANY_TOKENS = (CARRY_GROUP + 3) * TILE - 2
+MANY_CHUNKS = [2 * TILE - 1, MANY_TOKENS + 3 - 2 * TILE, TILE, 1]
 
 
 def cotangent(t):
@@ -37,7 +37,7 @@ def launch(context, case, place=lambda t: t, final=True, **options):
     packed = None if state is None else place(torch.stack(tuple(state)).detach())
     gy = place(cotangent(k))
     y, state_after, checkpoints = context.launcher("wkv_fwd")(*inputs, packed, cu, True, **options)
-    gfinal = place(torch.zeros_like(state_after[:2]) + 1) if final else None
+    gfinal = place(cotangent(state_after[:2])) if final else None
     gradients = context.launcher("wkv_bwd")(*inputs, packed, cu, checkpoints, gy, gfinal, **options)
     return [y, state_after, checkpoints, *gradients]
 
@@ -47,7 +47,8 @@ def exact(case, final=True):
     w, u, k, v, state, cu = case.arguments(exact=True)
     y, state_after = reference.wkv_loop(w, u, k, v, state, return_state=True, cu_seqlens=cu)
     mean, log_weight = state_invariants(state_after).values()
-    loss = (y * cotangent(k)).sum() + (mean + log_weight).sum() * final
+    ends = torch.stack((mean, log_weight))
+    loss = (y * cotangent(k)).sum() + (ends * cotangent(ends)).sum() * final
     if state is None:
         return [y, mean, log_weight, *torch.autograd.grad(loss, (w, u, k, v))]
     *gradients, gnum, gmax = torch.autograd.grad(loss, (w, u, k, v, state.num, state.max))
