@@ -144,4 +144,4 @@ def test_command_line_prints_and_writes_what_was_counted(tmp_path):
         assert row["bytes"] == pytest.approx(moved, rel=1e-4)
         assert row["ratio"] == pytest.approx(row["bytes"] / row["compulsory"], rel=1e-4)
         assert f" {row['bytes']:.2f} " in done.stdout
-    assert "x 4.00 (2 times)" in done.stdout
+    assert "x 3.00 (1.5 times)" in done.stdout
