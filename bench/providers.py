@@ -20,6 +20,7 @@ OPERATORS = {  # of this package, and the file of their Triton launchers
     "wkv_step": "wkv_step",
     "linear_scan_fwd": "linear_scan",
     "linear_scan_bwd": "linear_scan_bwd",
+    "linear_scan_bwd_": "linear_scan_bwd",
     "linear_scan_step": "linear_scan",
 }
 

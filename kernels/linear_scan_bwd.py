@@ -190,11 +190,42 @@ def linear_scan_bwd(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward pass: ga, gx (of this dtype) and, if there is one, the gradient of the initial state."""
+    gx = torch.empty_like(h, dtype=dtype)
+    ga, ginitial = _run(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gx, launch)
+    return ga, gx, ginitial
+
+
+def linear_scan_bwd_(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the backward pass and write gx over gh: no token is read after it has been written."""
+    return _run(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gh, launch)
+
+
+def _run(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+    gx: Tensor,
+    launch: Launch | None,
+) -> tuple[Tensor, Tensor]:
     B, T, C = h.shape[:3]
     state_dtype = scan_dtypes(a, h)[1]
     launch = launch or scan_launch_for(h)
     chunks = triton.cdiv(T, launch.chunk)
-    gx = torch.empty_like(h, dtype=dtype)
     ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
@@ -216,4 +247,4 @@ def linear_scan_bwd(
         _linear_scan_bwd_kernel[grid](a_in, h_in, gh, initial, carry, edges, gfinal, *outputs, T, launch.chunk, **kind)
         if a.dim() == 1:
             ga = ga.sum(0).to(a.dtype)
-    return ga, gx, ginitial
+    return ga, ginitial

@@ -18,7 +18,7 @@ from fastwkv.nn.recurrence import (
     compute_dtypes,
     least_decay,
 )
-from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
+from fastwkv.ops.linear_scan import linear_scan_step, linear_scan_within
 
 
 class LRU(nn.Module):
@@ -190,10 +190,11 @@ class LRU(nn.Module):
     def _scan(self, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         a = self._multiplier(u)
         if not self.bidirectional:  # nothing here holds B u, which is as large as h
-            return linear_scan(a, self._project(u), state, return_state=True, cu_seqlens=cu_seqlens)
+            return linear_scan_within(a, self._project(u), state, cu_seqlens=cu_seqlens)
         x = self._project(u)
-        h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
-        return torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2), final
+        ahead, final = linear_scan_within(a, x, cu_seqlens=cu_seqlens)
+        back, _ = linear_scan_within(a, x, reverse=True, cu_seqlens=cu_seqlens)
+        return torch.cat((ahead, back), 2), final
 
     def _skip(self, u: Tensor) -> Tensor:
         products, _ = compute_dtypes(u, self.D)

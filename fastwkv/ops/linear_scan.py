@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import scan_dtypes
-from fastwkv.ops import checks
+from fastwkv.ops import checks, linear_scan_registration  # noqa: F401 (registers what is called below)
 from fastwkv.ops.derivatives import differentiated, differentiated_again, in_forward_mode
-from fastwkv.ops.library import register
 from fastwkv.ops.linear_scan_derivatives import Composed
 
 
@@ -95,6 +94,34 @@ def linear_scan(
     Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, section 3.2.
 
     """
+    h, final = _linear_scan(a, x, initial_state, log_a, reverse, cu_seqlens, within=False)
+    return (h, final) if return_state else h
+
+
+def linear_scan_within(
+    a: Tensor,
+    x: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear_scan` for a layer that hands h to nobody, and whose gradient of h nobody else sees either.
+
+    In the backward pass the gradient of x is then written over that of h: one tensor of the size of h less.
+    """
+    return _linear_scan(a, x, initial_state, None, reverse, cu_seqlens, within=True)
+
+
+def _linear_scan(
+    a: Tensor | None,
+    x: Tensor,
+    initial_state: Tensor | None,
+    log_a: Tensor | None,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+    within: bool,
+) -> tuple[Tensor, Tensor]:
     name, a, log = _multiplier("a", a, log_a)
     checks.check_floating_or_complex(**{name: a}, x=x)
     pairs = checks.are_pairs("B T C", name, a, x=x)
@@ -116,16 +143,17 @@ def linear_scan(
         if not pairs:
             x = x.to(state_dtype)
         elif given.itemsize > 2 or state_dtype != torch.complex64:
-            x = _complex(x, state_dtype)
-    a, x, initial = _plain(a), _plain(x), None if initial_state is None else _plain(initial_state)
+            x = as_complex(x, state_dtype)
+    a, x, initial = plain(a), plain(x), None if initial_state is None else plain(initial_state)
     inputs = [a, x] if initial is None else [a, x, initial]
-    scan: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastwkv.linear_scan_fwd
     if differentiated(inputs):
-        scan = (_DualLinearScan if in_forward_mode() else LinearScan).apply
-    h, final = scan(a, x, initial, cu_seqlens, log, reverse)
+        scan: Callable[..., tuple[Tensor, Tensor]] = (_DualLinearScan if in_forward_mode() else LinearScan).apply
+        h, final = scan(a, x, initial, cu_seqlens, log, reverse, within)
+    else:
+        h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
     if pairs and h.is_complex():
         h = torch.view_as_real(h).to(given)
-    return (h, final) if return_state else h
+    return h, final
 
 
 def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: Tensor | None = None) -> Tensor:
@@ -153,7 +181,7 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     state_dtype = torch.promote_types(torch.promote_types(a.dtype, x_t.dtype), torch.float32)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
     if pairs and (x_t.dtype.itemsize > 2 or differentiated([a, x_t, state])):
-        x_t = _complex(x_t, state_dtype)
+        x_t = as_complex(x_t, state_dtype)
     if not log and a.dtype == x_t.dtype == state.dtype:
         return torch.addcmul(x_t, a, state)  # one launch, and differentiable
     if differentiated([a, x_t, state]):
@@ -164,7 +192,7 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     if state_dtype.is_complex:
         a, log = (a.exp() if log else a).to(state_dtype), False
         x_t = x_t if x_t.dim() == 3 else x_t.to(state_dtype)
-    return torch.ops.fastwkv.linear_scan_step(_plain(a), _plain(x_t), _plain(state), log)  # type: ignore[no-any-return]
+    return torch.ops.fastwkv.linear_scan_step(plain(a), plain(x_t), plain(state), log)  # type: ignore[no-any-return]
 
 
 class LinearScan(torch.autograd.Function):
@@ -175,7 +203,7 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool, within: bool
     ) -> tuple[Tensor, Tensor]:
         """Compute h and the final state."""
         return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-any-return]
@@ -183,7 +211,7 @@ class LinearScan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep a, the initial state and h, nothing else."""
-        a, x, initial, cu_seqlens, ctx.log, ctx.reverse = inputs
+        a, x, initial, cu_seqlens, ctx.log, ctx.reverse, ctx.within = inputs
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, initial, cu_seqlens, output[0])
@@ -192,16 +220,19 @@ class LinearScan(torch.autograd.Function):
     def backward(ctx: Any, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the adjoint recurrence, in the other direction of time."""
         a, initial, cu_seqlens, h = ctx.saved_tensors
-        gh = torch.zeros_like(h) if gh is None else _plain(gh)
-        gfinal = None if gfinal is None else _plain(gfinal)
+        gh = torch.zeros_like(h) if gh is None else plain(gh)
+        gfinal = None if gfinal is None else plain(gfinal)
         if differentiated_again():
             composed = Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
             ga, gx, ginitial = composed.backward(gh, gfinal)
-            return ga, gx.to(ctx.dtype), ginitial, None, None, None
-        ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
-            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype
-        )
-        return ga, gx, None if initial is None else ginitial, None, None, None
+            return ga, gx.to(ctx.dtype), ginitial, None, None, None, None
+        given = a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal
+        if ctx.within and gh.dtype == ctx.dtype and not torch.compiler.is_compiling():  # compilers reuse memory anyway
+            ga, ginitial = torch.ops.fastwkv.linear_scan_bwd_(*given)
+            gx = gh
+        else:
+            ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*given, ctx.dtype)
+        return ga, gx, None if initial is None else ginitial, None, None, None, None
 
 
 class _DualLinearScan(LinearScan):
@@ -211,7 +242,7 @@ class _DualLinearScan(LinearScan):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep what the tangent needs too."""
         LinearScan.setup_context(ctx, inputs, output)
-        a, _, initial, cu_seqlens, _, _ = inputs
+        a, _, initial, cu_seqlens, *_ = inputs
         ctx.save_for_forward(a, initial, cu_seqlens, output[0])
 
     @staticmethod
@@ -229,12 +260,12 @@ def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str,
     raise TypeError(f"give one of {name} and log_a, got {'neither' if a is None else 'both'}")
 
 
-def _complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+def as_complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers that are held as pairs."""
     return torch.view_as_complex(pairs.to(torch.float64 if dtype == torch.complex128 else torch.float32).contiguous())
 
 
-def _plain(t: Tensor) -> Tensor:
+def plain(t: Tensor) -> Tensor:
     """Return a tensor as it lies in memory: contiguous, and no lazy conjugate of another."""
     return t.resolve_conj().resolve_neg().contiguous()
 
@@ -243,47 +274,3 @@ def _check_state(name: str, state: Tensor, dims: str, shape: tuple[int, int], dt
     checks.check_floating_or_complex(x=x, **{name: state})
     checks.check_shape(dims, shape, **{name: state})
     checks.check_dtype(dtype, "(as states are: the dtype of a with x, 16 bits as float32)", **{name: state})
-
-
-def _linear_scan_fwd_fake(
-    a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    dtype, state_dtype = scan_dtypes(a, x)
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty_like(x, dtype=dtype), x.new_empty((rows, x.shape[2]), dtype=state_dtype)
-
-
-def _linear_scan_bwd_fake(
-    a: Tensor,
-    h: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    log: bool,
-    reverse: bool,
-    gh: Tensor,
-    gfinal: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    ginitial = h.new_empty(0, dtype=scan_dtypes(a, h)[1]) if initial is None else torch.empty_like(initial)
-    return torch.empty_like(a), torch.empty_like(h, dtype=dtype), ginitial
-
-
-def _linear_scan_step_fake(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
-    return torch.empty_like(state)
-
-
-register(
-    "linear_scan_fwd(Tensor a, Tensor x, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse)"
-    " -> (Tensor, Tensor)",
-    "linear_scan",
-    _linear_scan_fwd_fake,
-)
-register(
-    "linear_scan_bwd(Tensor a, Tensor h, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse, Tensor gh,"
-    " Tensor? gfinal, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    "linear_scan_bwd",
-    _linear_scan_bwd_fake,
-)
-register(
-    "linear_scan_step(Tensor a, Tensor x, Tensor state, bool log) -> Tensor", "linear_scan", _linear_scan_step_fake
-)

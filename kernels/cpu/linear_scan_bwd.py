@@ -130,10 +130,12 @@ def linear_scan_bwd(
     gh: Tensor,
     gfinal: Tensor | None,
     dtype: torch.dtype,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ga, gx and the gradient of the initial state, or an empty tensor where there was none.
 
-    ``dtype`` is that of gx.
+    ``dtype`` is that of gx, which is written over gh if that is wanted and possible.
     """
     if h.dim() == 4:
         h, gh = as_complex(h), as_complex(gh)
@@ -152,7 +154,9 @@ def linear_scan_bwd(
     a, h, gh = a.contiguous(), h.contiguous(), gh.contiguous()
     initial, gfinal = (None if t is None else t.contiguous() for t in (initial, gfinal))
     fixed = a.dim() == 1
-    gx = large_empty_like(h)
+    # The last vector of a row of channels may overlap with the one before, and would read what that has written.
+    in_place &= C * state_dtype.itemsize % VECTOR_BYTES == 0
+    gx = gh if in_place else large_empty_like(h)
     ga = h.new_empty((N, C), dtype=state_dtype) if fixed else large_empty_like(h)
     ginitial = h.new_empty(0 if initial is None else (N, C), dtype=state_dtype)
     C *= 2 if h.is_complex() else 1
@@ -166,3 +170,22 @@ def linear_scan_bwd(
         # numpy adds the sequences one after the other, whatever the number of threads.
         ga = torch.from_numpy(ga.numpy().sum(0, dtype=np.complex128 if h.is_complex() else np.float64))
     return ga.to(a_dtype), gx.to(dtype), ginitial
+
+
+def linear_scan_bwd_(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Write gx over gh; return ga and the gradient of the initial state."""
+    ga, gx, ginitial = linear_scan_bwd(
+        a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gh.dtype, in_place=gh.is_contiguous()
+    )
+    if gx.data_ptr() != gh.data_ptr():
+        gh.copy_(gx)
+    return ga, ginitial

@@ -68,8 +68,8 @@ def test_numbers_are_those_of_a_complex64_scan(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     layer, x, context = setting(name, dtype, autocast)
-    found, scan = results(layer, x, context), lru.linear_scan
-    monkeypatch.setattr(lru, "linear_scan", lambda *args, **options: in_complex64(scan, *args, **options))
+    found, scan = results(layer, x, context), lru.linear_scan_within
+    monkeypatch.setattr(lru, "linear_scan_within", lambda *args, **options: in_complex64(scan, *args, **options))
     for part, wanted in results(layer, x, context).items():
         assert found[part].dtype == wanted.dtype
         assert distance(found[part], wanted) <= ORDINARY[dtype][0], part
@@ -127,7 +127,7 @@ def test_all_between_products_has_16_bits(
 
         return scan
 
-    for function in ("linear_scan", "linear_scan_step"):
+    for function in ("linear_scan_within", "linear_scan_step"):
         monkeypatch.setattr(lru, function, watched(getattr(lru, function)))
     with Products() as products:
         results(layer, x, context)
@@ -183,8 +183,8 @@ def test_only_h_in_16_bits_is_kept_for_the_backward_pass(
     monkeypatch: pytest.MonkeyPatch, bidirectional: bool, parts: tuple[int, int], dtype: torch.dtype
 ) -> None:
     layer, x = LRU(1, 64, bidirectional=bidirectional).to(dtype), torch.randn(2, 500, 1).to(dtype)
-    pairs, scan = kept(layer, x, nullcontext()), lru.linear_scan
-    monkeypatch.setattr(lru, "linear_scan", lambda *args, **options: in_complex64(scan, *args, **options))
+    pairs, scan = kept(layer, x, nullcontext()), lru.linear_scan_within
+    monkeypatch.setattr(lru, "linear_scan_within", lambda *args, **options: in_complex64(scan, *args, **options))
     complex64 = kept(layer, x, nullcontext())
     for found, wanted in zip((pairs, complex64), parts, strict=True):
         assert wanted <= found / (2 * 500 * 64) <= 1.05 * wanted

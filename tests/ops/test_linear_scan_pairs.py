@@ -224,6 +224,7 @@ def test_opcheck_and_compilation_pass(implementation, lengths):
     h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cut, False, False)
     backward = (a, h, initial, cut, False, False, torch.randn_like(h), torch.randn_like(final), h.dtype)
     torch.library.opcheck(torch.ops.fastwkv.linear_scan_bwd.default, backward)
+    torch.library.opcheck(torch.ops.fastwkv.linear_scan_bwd_.default, backward[:-1])
     step = (a, x[:, 0].contiguous(), torch.randn_like(initial[: x.shape[0]]), False)
     torch.library.opcheck(torch.ops.fastwkv.linear_scan_step.default, step)
     compiled = torch.compile(linear_scan, fullgraph=True, backend="aot_eager")
