@@ -17,6 +17,7 @@ from fastwkv.kernels import (
     linear_scan,
     linear_scan_bwd,
     linear_scan_step,
+    rwkv4_step,
     wkv,
     wkv_bwd,
     wkv_carry,
@@ -55,9 +56,25 @@ DTYPES = {
 COMPLEX = {"complex64": "float32", "complex128": "float64", "bfloat16x2": "bfloat16"}
 STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
 STREAMS |= {"a_ptr", "x_ptr", "h_ptr", "gh_ptr", "ga_ptr", "gx_ptr"}
-OPTIONAL = {"initial_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
+STREAMS |= {"r_ptr", "weight_ptr", "bias_ptr", "before_ptr", "mix0_ptr", "mix1_ptr", "mix2_ptr", "mixed_ptr"}
+OPTIONAL = {
+    "r_ptr",
+    "initial_ptr",
+    "carry_ptr",
+    "edge_ptr",
+    "checkpoint_ptr",
+    "gfinal_ptr",
+    "ginitial_ptr",
+    "entry_ptr",
+}
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
-BLOCKS = {wkv_step._wkv_step_kernel: wkv_step.BLOCK, linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK}
+BLOCKS = {  # of kernels that take one token, of four warps
+    wkv_step._wkv_step_kernel: wkv_step.BLOCK,
+    linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK,
+    rwkv4_step._norm_mix_kernel: 1024,
+    rwkv4_step._relu_squared_kernel: rwkv4_step.BLOCK,
+    rwkv4_step._add_gated_kernel: rwkv4_step.BLOCK,
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,10 @@ VARIANTS = [
     variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
     variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
+    variant("wkv step, gated", wkv_step._wkv_step_kernel, 1, {"r_ptr"}),
+    variant("rwkv4 step, norm and mix", rwkv4_step._norm_mix_kernel, 1, set(), EPS=1e-5),
+    variant("rwkv4 step, squared relu", rwkv4_step._relu_squared_kernel, 1, set()),
+    variant("rwkv4 step, gate and add", rwkv4_step._add_gated_kernel, 1, {"r_ptr"}),
     *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
     *scan_variants(
         "backward",
@@ -230,6 +251,6 @@ def _source(variant: Variant, constants: dict[str, Any], dtype: str, acc: str) -
             wide = summed or (name in ("a_ptr", "ga_ptr") and dtype == "bfloat16x2")
             signature[name] = "*" + (DTYPES[dtype] if name in STREAMS and not wide else acc)
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name == "factor" else "i32"
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
     return ASTSource(variant.kernel, signature, values, aligned)

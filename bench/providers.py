@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS = {  # of this package, and the file of their Triton launchers
+OPERATORS = {  # of this package, and the file of their Triton launchers; below, those without CPU path
     "wkv_fwd": "wkv",
     "wkv_bwd": "wkv_bwd",
     "wkv_step": "wkv_step",
@@ -23,6 +23,7 @@ OPERATORS = {  # of this package, and the file of their Triton launchers
     "linear_scan_bwd_": "linear_scan_bwd",
     "linear_scan_step": "linear_scan",
 }
+ONLY_GPU = dict.fromkeys(("norm_mix_", "wkv_step_gated_", "relu_squared_", "add_gated_"), "rwkv4_step")
 
 
 class Provider(ABC):

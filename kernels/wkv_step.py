@@ -46,13 +46,16 @@ def _wkv_step_kernel(
     num_ptr,  # [B, C]
     den_ptr,  # [B, C]
     max_ptr,  # [B, C]
+    r_ptr,  # [B, C], or None: y is multiplied by σ(r)
     y_ptr,  # [B, C]
-    state_ptr,  # [3, B, C]
+    num_out_ptr,  # [B, C], where num is, maybe, and so are the other two
+    den_out_ptr,  # [B, C]
+    max_out_ptr,  # [B, C]
     size,  # B * C
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    ACC: tl.constexpr = num_ptr.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     c = i % C
@@ -68,7 +71,10 @@ def _wkv_step_kernel(
     gap, gap_low = two_sum(p, -k)
     d, d_low = two_sum(gap, -u)
     y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
-    tl.store(y_ptr + i, y_num / at_least_tiny(y_den, False), mask=inside)
+    y = y_num / at_least_tiny(y_den, False)
+    if r_ptr is not None:
+        y /= 1 + tl.exp(-tl.load(r_ptr + i, mask=inside, other=0.0).to(ACC))
+    tl.store(y_ptr + i, y, mask=inside)
 
     d, d_low = two_sum(gap, -w)
     num, den, near = _add(num, den, d, gap_low + d_low, v)
@@ -85,9 +91,9 @@ def _wkv_step_kernel(
     p = tl.where(moves, p - shift, p)
     p = tl.where(den == den, p, 0.0)  # after a NaN it may be anything, and -inf would be an empty state
     gone = p <= 0.9 * NO_PAST
-    tl.store(state_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)
-    tl.store(state_ptr + size + i, tl.where(gone, 0.0, den * factor), mask=inside)
-    tl.store(state_ptr + 2 * size.to(tl.int64) + i, tl.where(gone, -float("inf"), p), mask=inside)
+    tl.store(num_out_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)
+    tl.store(den_out_ptr + i, tl.where(gone, 0.0, den * factor), mask=inside)
+    tl.store(max_out_ptr + i, tl.where(gone, -float("inf"), p), mask=inside)
 
 
 def wkv_step(
@@ -96,9 +102,23 @@ def wkv_step(
     """Run one token: y ``[B, C]`` and the packed state ``[3, B, C]``."""
     y = torch.empty_like(v)
     state = num.new_empty(3, *num.shape)
+    run_step(w, u, k, v, None, (num, den, scale), y, state.unbind())
+    return y, state
+
+
+def run_step(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None,
+    state: tuple[Tensor, ...],
+    y: Tensor,
+    out: tuple[Tensor, ...],
+) -> None:
+    """Start the kernel. Each field of ``out`` is that of the state, or memory of its own."""
     with torch.cuda.device_of(k):
         _wkv_step_kernel[(triton.cdiv(k.numel(), BLOCK),)](
-            w.contiguous(), u.contiguous(), k, v, num, den, scale, y, state, k.numel(), k.shape[1],
+            w.contiguous(), u.contiguous(), k, v, *state, r, y, *out, k.numel(), k.shape[1],
             BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-    return y, state

@@ -191,14 +191,24 @@ class RWKV4Block(nn.Module):
         att_state, ffn_x = (None, None) if state is None else ((state.att_x, state.wkv), state.ffn_x)
         if self.pre_ln is not None:
             x = self.pre_ln(x)
-        scale = 1.0 if self.training else self._scale
+        scale = self.residual_scale
         y, (att_x, wkv_state) = self.attention(self.ln1(x), att_state, cu_seqlens)
         x = torch.add(x, y, alpha=scale)
         y, ffn_x = self.feed_forward(self.ln2(x), ffn_x, cu_seqlens)
         x = torch.add(x, y, alpha=scale)
-        if self._halves and not self.training:
+        if self.halves:
             x = x / 2
         return x, RWKV4State(att_x, ffn_x, wkv_state)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the results of both layers are multiplied by before they are added to x."""
+        return 1.0 if self.training else self._scale
+
+    @property
+    def halves(self) -> bool:
+        """Whether x is divided by two at the end."""
+        return self._halves and not self.training
 
 
 class _Depth:

@@ -9,15 +9,18 @@ import torch
 _library = torch.library.Library("fastwkv", "DEF")
 
 
-def register(schema: str, module: str, fake: Callable[..., Any]) -> None:
+def register(schema: str, module: str, fake: Callable[..., Any], cpu: bool = True) -> None:
     """Register an operator whose launcher has the same name in ``kernels.<module>`` and ``kernels.cpu.<module>``.
+
+    Without ``cpu`` it is one for GPUs only, which their callers have another way around.
 
     The launchers are imported when they are first called, so that importing the package needs neither Triton nor
     numba, and a machine without Triton still has the CPU path.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _library.impl(name, _launcher(f"fastwkv.kernels.cpu.{module}", name), "CPU")
+    if cpu:
+        _library.impl(name, _launcher(f"fastwkv.kernels.cpu.{module}", name), "CPU")
     _library.impl(name, _launcher(f"fastwkv.kernels.{module}", name), "CUDA")
     torch.library.register_fake(f"fastwkv::{name}", fake, lib=_library)
 

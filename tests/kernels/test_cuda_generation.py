@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from rwkv4_models import CONFIG, text, trained
+from rwkv4_models import CONFIG, distance, fields, text, trained
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastwkv.nn import RWKV4, RWKV4Config, generate
+from fastwkv.nn import RWKV4, RWKV4Config, generate, rwkv4_step
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -40,6 +40,21 @@ def test_tokens_and_states_are_those_without_a_graph(draw, dtype, batch) -> None
             assert all(map(torch.equal, *states))
     assert with_graph.uses_graph
     assert not without.uses_graph
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("config", [CONFIG, RWKV4Config(layers=4, width=768, vocab_size=50, rescale_every=2)])
+def test_token_of_few_kernels_is_a_token(config, dtype, bound) -> None:
+    one = model(config).to(dtype)
+    with torch.no_grad():
+        _, state = one.features(prompt(2, 9))
+        mine = state.clone()
+        for token in text(2, 12, seed=1).to("cuda").unbind(1):
+            wanted, state = one.features(token[:, None], state)
+            assert rwkv4_step.stands_for(one, mine)
+            assert distance(one.step_(token, mine), wanted[:, 0]) <= bound
+    for name, field in fields(mine).items():
+        assert distance(field, fields(state)[name]) <= 2 * bound, name
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import Implementation
 from recorded_graph import RecordedGraph
 from rwkv4_models import CONFIG, text, trained
 from torch import Tensor, nn
 
-from fastwkv.nn import RWKV4, RWKV4State, generate
+from fastwkv.nn import RWKV4, RWKV4State, generate, rwkv4_step
 
 generation = importlib.import_module("fastwkv.nn.generate")  # the function hides the module
 DRAWS = [
@@ -78,6 +79,14 @@ def test_other_dtypes_and_scales_give_the_same(dtype, graphs) -> None:
     model = trained(replace(CONFIG, rescale_every=2)).to(dtype).eval()
     assert_same(model, text(2, 3), 8, temperature=1.0, seed=0)
     assert graphs[0].replays == 6
+
+
+@pytest.mark.parametrize("draw", DRAWS[:2])
+def test_tokens_of_few_kernels_give_the_same(draw, graphs, monkeypatch) -> None:
+    monkeypatch.setattr(rwkv4_step, "stands_for", lambda *_: True)  # as on a GPU
+    with Implementation("triton") as context:
+        assert_same(trained().to(context.device), text(2, 3).to(context.device), 7, **draw)
+    assert graphs[0].replays == 5
 
 
 def test_another_seed_gives_other_tokens(graphs) -> None:

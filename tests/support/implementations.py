@@ -3,7 +3,7 @@
 import importlib
 
 import torch
-from providers import OPERATORS, rounding_interpreter
+from providers import ONLY_GPU, OPERATORS, rounding_interpreter
 
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
@@ -27,14 +27,14 @@ class Implementation:
     def launcher(self, operator: str):
         """Return the function that launches an operator."""
         folder = "fastwkv.kernels.cpu" if self.name == "cpu" else "fastwkv.kernels"
-        return getattr(importlib.import_module(f"{folder}.{OPERATORS[operator]}"), operator)
+        return getattr(importlib.import_module(f"{folder}.{(OPERATORS | ONLY_GPU)[operator]}"), operator)
 
     def __enter__(self) -> "Implementation":
         self._override = torch.library.Library("fastwkv", "IMPL")
         if self.interpreted:
             self._rounding = rounding_interpreter()
             self._rounding.__enter__()
-            for operator in OPERATORS:
+            for operator in OPERATORS | ONLY_GPU:
                 self._override.impl(operator, self.launcher(operator), "CPU", allow_override=True)
         return self
 
