@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COMPLEX = (torch.complex64, torch.complex128)
+FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -16,15 +16,15 @@ def check_floating(**tensors: Tensor) -> None:
 
 def check_floating_or_complex(**tensors: Tensor) -> None:
     """Each argument is a real or complex floating-point tensor, all on one device."""
-    _check_dtype_among((*FLOATING, *COMPLEX), tensors)
+    _check_dtype_among(FLOATING_OR_COMPLEX, tensors)
 
 
 def _check_dtype_among(dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tensor]) -> None:
-    *most, last = map(_short, dtypes)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
+            *most, last = map(_short, dtypes)
             raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {_short(tensor.dtype)}")
     check_device(**tensors)
 
@@ -40,17 +40,18 @@ def check_device(**tensors: Tensor) -> None:
 def check_rank(dims: str, **tensors: Tensor) -> None:
     """Each argument has one axis for each name in ``dims``, such as "B T C", and no axis is empty."""
     for name, tensor in tensors.items():
-        if tensor.dim() != len(dims.split()):
-            raise ValueError(f"{name} must be [{', '.join(dims.split())}], got shape {_shape(tensor)}")
-        for dim, size in zip(dims.split(), tensor.shape, strict=True):
-            if size == 0:
-                raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
+        axes = dims.split()
+        if tensor.dim() != len(axes):
+            raise ValueError(f"{name} must be [{', '.join(axes)}], got shape {_shape(tensor)}")
+        if 0 in tensor.shape:
+            dim = axes[tensor.shape.index(0)]
+            raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
 
 
 def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
     """Check the rank of x and return whether it holds complex numbers as pairs, as it may where a is complex."""
     ((variable, x),) = tokens.items()
-    if not a.is_complex() or x.dim() != len(dims.split()) + 1:
+    if not a.is_complex() or x.dim() != dims.count(" ") + 2:
         check_rank(dims, **tokens)
         return False
     if x.is_complex() or x.shape[-1] != 2:
@@ -66,7 +67,7 @@ def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
 def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
     """Each argument has exactly this shape; ``dims`` names its axes in the message."""
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name} must be [{', '.join(dims.split())}] = {list(shape)}, got shape {_shape(tensor)}")
 
 
