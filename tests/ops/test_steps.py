@@ -11,7 +11,6 @@ from fastwkv import WKVState, linear_scan_step, wkv_step
 from fastwkv.kernels import linear_scan_step as scan_kernels
 from fastwkv.kernels import wkv_step as wkv_kernels
 
-
 NO_KERNELS = ("aten::promote_types", "aten::empty", "aten::new_empty", "aten::empty_like")
 
 
