@@ -27,8 +27,9 @@ try:
     from fastwkv.kernels.config import SCAN_ROWS, checkpoint_rows
     from fastwkv.kernels.launch import launch_for, scan_launch_for
     from fastwkv.kernels.linear_scan import linear_scan_fwd
-    from fastwkv.kernels.linear_scan_bwd import linear_scan_bwd
+    from fastwkv.kernels.linear_scan_bwd import linear_scan_bwd, linear_scan_bwd_
     from fastwkv.kernels.linear_scan_step import linear_scan_step
+    from fastwkv.kernels.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_step_gated_
     from fastwkv.kernels.wkv import wkv_fwd
     from fastwkv.kernels.wkv_bwd import wkv_bwd
     from fastwkv.kernels.wkv_step import wkv_step
@@ -77,9 +78,21 @@ def run_linear_scan(dtype: torch.dtype, device: torch.device) -> None:
         h, final = linear_scan_fwd(a, x, initial, cut, log, reverse, launch=launch)
         gfinal = torch.ones_like(final) if state else None
         linear_scan_bwd(a, h, initial, cut, log, reverse, gh, gfinal, dtype, launch=launch)
+        linear_scan_bwd_(a, h, initial, cut, log, reverse, gh.to(h), gfinal, launch=launch)
     x_t, state_t = torch.rand(B, C, device=device).to(dtype), torch.rand(B, C, device=device).to(state_dtype)
     for gate, log in ((x_t[0], False), (x_t, False), *(() if dtype.is_complex else ((x_t, True),))):
         linear_scan_step(gate, x_t, state_t, log)
+
+
+def run_rwkv4_step(dtype: torch.dtype, device: torch.device) -> None:
+    """Launch what stands between the products of a token of RWKV-4."""
+    x, before, r, k, v = torch.rand(5, B, C, device=device).to(dtype)
+    weight, bias, *mixes = torch.rand(5, C, device=device).to(dtype)
+    for count in (2, 3):
+        norm_mix_(x, weight, bias, 1e-5, before, mixes[:count])
+    wkv_step_gated_(*torch.rand(2, C, device=device), k, v, r, *torch.rand(3, B, C, device=device))
+    relu_squared_(k)
+    add_gated_(x, r, v, 0.5)
 
 
 def _batch(packed: bool, device: torch.device) -> tuple[int, Tensor | None]:
@@ -92,6 +105,8 @@ GROUPS: dict[str, Callable[[torch.device], None]] = {
     "linear_scan-float32": partial(run_linear_scan, torch.float32),
     "linear_scan-bfloat16": partial(run_linear_scan, torch.bfloat16),
     "linear_scan-complex64": partial(run_linear_scan, torch.complex64),
+    "rwkv4_step-float32": partial(run_rwkv4_step, torch.float32),
+    "rwkv4_step-bfloat16": partial(run_rwkv4_step, torch.bfloat16),
 }
 
 
