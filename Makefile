@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer clean
+.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer computed clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
@@ -21,6 +21,9 @@ format: .venv/ready
 
 ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer: .venv/ready  ## the other benchmarks
 	$(BIN)/python bench/$@.py
+
+computed: .venv/ready  ## what is computed for GPUs, without one, into bench/results/computed
+	for name in compiled traffic gpu_model; do $(BIN)/python bench/$$name.py --out bench/results/computed || exit; done
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -30,6 +30,18 @@ def about_device(device: torch.device) -> dict[str, Any]:
     }
 
 
+def about_run(
+    benchmark: str, device: torch.device, settings: dict[str, Any], peers: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return how the record of a run begins: what was measured where, with which software and settings."""
+    return {
+        "benchmark": benchmark,
+        "device": about_device(device),
+        **about_software(peers),
+        "settings": settings,
+    }
+
+
 def about_software(peers: Iterable[str] = ()) -> dict[str, Any]:
     """Describe versions, those of the peers that are installed too, the commit of this checkout and the time."""
     versions = {name: _version(name) for name in PACKAGES}

@@ -20,7 +20,6 @@ import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ if not GPU:
 
 try:
     import result_file
-    from about import about_device, about_software
-    from command_line import COMPLEX_DTYPES, DTYPES, Parser, check_writable, names, positive
+    from about import about_device, about_run
+    from command_line import COMPLEX_DTYPES, DTYPES, add_out, names, parser_of, positive
     from operator_base import Inputs, Operator, Shape, relative_error
     from operators import OPERATORS
     from providers import Provider, interpreted_kernels, not_installed, rounding_interpreter, untuned
@@ -43,6 +42,7 @@ except ImportError as error:
 
 ALL_DTYPES = DTYPES | COMPLEX_DTYPES
 INPUTS = ("ordinary", "adversarial")
+DEVICE = torch.device("cuda" if GPU else "cpu")
 NO_PEERS = ("fastwkv", "reference")  # the first is here twice, the second is what the others are compared with
 
 
@@ -77,17 +77,17 @@ class Case:
 
 def subjects(operator: Operator) -> dict[str, Subject]:
     """Return who can be measured, by the name that --providers takes."""
-    cpu, accelerator = torch.device("cpu"), torch.device("cuda" if GPU else "cpu")
+    cpu = torch.device("cpu")
     interpreted = "" if GPU else ", interpreted"
     ours = operator.providers["fastwkv"]
     found = {
         "fastwkv-cpu": Subject("fastwkv (CPU)", ours, cpu),
-        "fastwkv-triton": Subject(f"fastwkv (Triton{interpreted})", ours, accelerator, not GPU, kernels=True),
+        "fastwkv-triton": Subject(f"fastwkv (Triton{interpreted})", ours, DEVICE, not GPU, kernels=True),
     }
     for name, peer in operator.providers.items():
         if peer.language:
             how = peer.language + interpreted * (peer.language == "Triton")
-            found[name] = Subject(f"{peer.label} ({how})", peer, accelerator, not GPU)
+            found[name] = Subject(f"{peer.label} ({how})", peer, DEVICE, not GPU)
         elif name not in NO_PEERS:
             found[name] = Subject(f"{peer.label} (CPU)", peer, cpu)
     return found
@@ -154,13 +154,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    parser = Parser(
-        prog="accuracy.py",
-        description=head,
-        epilog="\n\n".join(rest),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("accuracy.py", __doc__)
     option = parser.add_argument
     everyone = list(dict.fromkeys(name for operator in OPERATORS.values() for name in subjects(operator)))
     listed = {"metavar": "LIST", "help": "comma-separated, of %(default)s (default: all)"}
@@ -180,13 +174,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     option("--channels", type=positive, default=32, metavar="N", help="C (default: 32); B is 1")
     option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.cases = [case for name in args.ops for case in _cases(OPERATORS[name], args)]
     if not args.cases:
         parser.error("nothing to measure: no operator of --ops has one of --dtypes and one of --providers")
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "accuracy.json", _device(), parser)
+    result_file.check(args.out / "accuracy.json", about_device(DEVICE), parser)
     return args
 
 
@@ -201,16 +194,11 @@ def _cases(operator: Operator, args: argparse.Namespace) -> list[Case]:
     return [Case(operator, kind, dtype, (1, T, args.channels), found) for kind, dtype, T, found in plan if found]
 
 
-def _device() -> dict[str, Any]:
-    return about_device(torch.device("cuda" if GPU else "cpu"))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     args = parse(arguments)
     packages = {subject.provider.distribution for case in args.cases for subject in case.subjects.values()} - {None}
-    about = about_software(sorted(packages))
-    record = {"benchmark": "accuracy", "device": _device(), **about, "settings": {"seed": args.seed}, "rows": []}
+    record = {**about_run("accuracy", DEVICE, {"seed": args.seed}, sorted(packages)), "rows": []}
     rows = record["rows"]
     total = sum(len(case.subjects) for case in args.cases)
     with tqdm(total=total, unit=" rows", disable=None) as bar, warnings.catch_warnings():

@@ -20,6 +20,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def parser_of(program: str, text: str) -> Parser:
+    """Return the parser of a program whose docstring this is; its first paragraph stands above the options."""
+    head, _, rest = text.partition("\n\n")
+    return Parser(prog=program, description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_device(parser: Parser) -> None:
+    """Add the option --device, whose value is for :func:`device`."""
+    text = "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    parser.add_argument("--device", metavar="NAME", help=text)
+
+
+def add_out(parser: Parser) -> None:
+    """Add the option --out."""
+    text = "where to write (default: the current folder)"
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help=text)
+
+
 def names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
     """Return the type of an option that takes some of the ``known`` names, separated by commas."""
     known = list(known)

@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 try:
     import unmeasured
-    from command_line import Parser, names, positive
+    from command_line import Parser, add_out, names, positive
     from compiled_gpu import LOAD_CYCLES, Figures
     from compiled_variants import DTYPES, TARGETS, VARIANTS, compile_variant
     from tqdm import tqdm
@@ -111,7 +111,7 @@ def main() -> None:
     option("--dtypes", type=names("dtype", DTYPES), default=list(DTYPES), metavar="LIST", help=", ".join(DTYPES))
     option("--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)")
     option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
-    unmeasured.add_out(parser)
+    add_out(parser)
     args = parser.parse_args()
     wanted = jobs(args)
     if not wanted:

@@ -16,18 +16,17 @@ counted in a run of its own.
 """
 
 import argparse
-import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 try:
     import gen_time_models as models
     import ops_cuda
     import ops_timing
+    import program
     import result_file
-    from about import about_device, about_software
-    from command_line import DTYPES, Parser, check_writable, device, names, positive
+    from about import about_device, about_run
+    from command_line import DTYPES, add_device, add_out, device, names, parser_of, positive
     from decode_run import EMPTY, decode_rows, parameters_read, prefill_row
     from tqdm import tqdm
 except ImportError as error:
@@ -36,7 +35,6 @@ except ImportError as error:
 TOKENS, QUICK_TOKENS = 128, 8
 PREFILL, QUICK_PREFILL = 16384, 64
 ROUNDS, QUICK_ROUNDS = 5, 2
-BUSY = 0.1  # cores of other processes
 
 
 class Run:
@@ -47,14 +45,10 @@ class Run:
         self.args = args
         gpu = args.device.type == "cuda"
         self.rows: list[dict[str, Any]] = []
+        shown = ("batch", "tokens", "rounds", "temperature", "seed", "quick")
+        settings = {name: getattr(args, name) for name in shown} | {"prefill_tokens": args.prefill}
         self.about = {
-            "benchmark": "decode",
-            "device": about_device(args.device),
-            **about_software(),
-            "settings": {
-                **{name: getattr(args, name) for name in ("batch", "tokens", "rounds", "temperature", "seed", "quick")},
-                "prefill_tokens": args.prefill,
-            },
+            **about_run("decode", args.device, settings),
             "limit": "weight_bytes / copy_gbps, which counts bytes read and bytes written",
             "copy_gbps": (
                 ops_cuda.copy_bandwidth(ops_cuda.Cuda(args.device)) if gpu else ops_timing.copy_bandwidth(args.device)
@@ -107,11 +101,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="decode.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("decode.py", __doc__)
     option = parser.add_argument
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     sizes = f"comma-separated, of {', '.join(models.SIZES)} (default: on a GPU 169m,3b, on a CPU 169m)"
     option("--sizes", type=names("size", models.SIZES), metavar="LIST", help=sizes)
     dtypes = f"comma-separated, of {', '.join(DTYPES)} (default: on a GPU float32,bfloat16, on a CPU float32)"
@@ -123,7 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--temperature", type=temperature, default=1.0, metavar="X", help="0 takes the most likely (default: 1)")
     option("--quick", action="store_true", help="a tiny model and short texts: seconds, and no measure of anything")
     option("--seed", type=int, default=0, metavar="N", help="of weights, prompt and draws (default: 0)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.device = device(args.device, parser)
     gpu = args.device.type == "cuda"
@@ -132,8 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
     args.prefill = args.prefill or (QUICK_PREFILL if args.quick else PREFILL)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "decode.json", about_device(args.device), parser)
+    result_file.check(args.out / "decode.json", about_device(args.device), parser)
     return args
 
 
@@ -152,20 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if a graph gave other tokens."""
     args = parse(arguments)
     run = Run(args)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
-    try:
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(run.run, run.save)
     print(f"\n{table(run.rows)}\n\nwrote {args.out / 'decode.json'}")
-    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
-    if busy > BUSY and args.device.type == "cpu":
-        print(f"decode.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr)
+    program.complain_of_other_work("decode.py", run.rows, args.device)
     wrong = [row for row in run.rows if row["status"] == "wrong"]
     for row in wrong:
         print(f"decode.py: {row['size']} {row['dtype']}: {row['reason']}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """What decode.py times: tokens with and without a CUDA graph, and a long prompt."""
 
 import argparse
-import contextlib
 import gc
 from collections.abc import Iterator
 from statistics import median
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from live_bytes import LiveBytes
 from ops_timing import OtherWork, Task
+from program import no_garbage_collection
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, generate
@@ -37,7 +37,7 @@ def decode_rows(model: RWKV4, args: argparse.Namespace, copy_gbps: float) -> Ite
     ways = [False] if against else [False, True]
     texts: dict[bool, Tensor] = {}
     others, tasks = OtherWork(), {graph: _task(model, tokens, args, graph) for graph in ways}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for turn in range(1 + args.rounds):  # the first is not counted, and its tokens are compared
             for graph, task in tasks.items():
                 result, seconds = task.run()
@@ -108,14 +108,3 @@ def _peak_of_cpu(task: Task) -> int:
 def _tokens(model: RWKV4, args: argparse.Namespace, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(args.seed)
     return torch.randint(model.config.vocab_size, (args.batch, length), generator=generator).to(args.device)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

@@ -1,14 +1,30 @@
 """What the figures of the benchmarks share: how they are saved, their titles and panels, labels in the right margin."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib
+
+matplotlib.use("Agg")  # files alone, no window
 import matplotlib.pyplot as plt
-from gen_time_figure import FAINT, INK, Json, spread
+import result_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+Json = dict[str, Any]
+
+INK, FAINT = "#333333", "#8a8a8a"
+STYLE: Json = {
+    "font.family": "DejaVu Sans",
+    "font.size": 14,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+LABEL_GAP = 40.0  # points from one label to the next
 
 
 class Label(NamedTuple):
@@ -25,12 +41,9 @@ class Label(NamedTuple):
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Write the figure as a PNG, whole or not at all, and close it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        figure.savefig(part, dpi=dpi, format="png")
-        part.replace(path)
+        result_file.replace(path, lambda part: figure.savefig(part, dpi=dpi, format="png"))
     finally:
-        part.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -70,3 +83,22 @@ def label(axes: Axes, labels: Sequence[Label], gap: float, low: float, below_top
         axes.annotate(one.text, place, (0, -2), va="top", fontsize=11.5, color=INK, **common)
         link = {"arrowstyle": "-", "color": one.colour, "linewidth": 1, "shrinkA": 0, "shrinkB": 0, "alpha": 0.6}
         axes.annotate("", (x + 6, y), place, "axes points", "axes points", link, annotation_clip=False)
+
+
+def spread(positions: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Move positions as little as needed to stand ``gap`` apart within [low, high] (squeezed if they cannot fit)."""
+    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    groups: list[list[float]] = []  # of neighbours that touch: the sum of their ideal starts, and their number
+    for rank, index in enumerate(order):
+        limit = high - gap * (len(positions) - 1)
+        groups.append([min(max(positions[index] - gap * rank, low), limit), 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += count
+    starts = [total / count for total, count in groups for _ in range(int(count))]
+    moved = [0.0] * len(positions)
+    for rank, index in enumerate(order):
+        moved[index] = starts[rank] + gap * rank
+    return moved

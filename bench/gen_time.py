@@ -20,22 +20,21 @@ import argparse
 import gc
 import json
 import math
-import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 try:
     import gen_time_figure as figure
     import gen_time_models as models
+    import program
     import torch
-    from about import about_device, about_software
+    from about import about_run
     from gen_time_options import parse
     from gen_time_series import FIT, PASSES, Series, measure, table
+    from result_file import replace
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"gen_time.py: {error}; pip install -e '.[bench]' installs what it needs")
@@ -62,26 +61,20 @@ class Run:
         ]
         self.saved = time.monotonic()
         self.deadline = math.inf if args.minutes is None else self.saved + 60 * args.minutes
-        self.bar = {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10}  # a log file needs few lines
-        self.about = {
-            "benchmark": "gen_time",
-            "device": about_device(args.device),
-            **about_software(),
-            "settings": {
-                "size": args.size,
-                "layers": self.size.layers,
-                "width": self.size.width,
-                "vocabulary": self.size.vocab_size,
-                "batch": 1,
-                "tokens": args.tokens,
-                "dtype": args.dtype,
-                "seed": args.seed,
-                "prompt": args.text[:80].decode(errors="replace"),
-                "prompt_tokens": len(args.text),
-                "warm_up_tokens": WARM_UP,
-            },
-            "fit": FIT,
+        settings = {
+            "size": args.size,
+            "layers": self.size.layers,
+            "width": self.size.width,
+            "vocabulary": self.size.vocab_size,
+            "batch": 1,
+            "tokens": args.tokens,
+            "dtype": args.dtype,
+            "seed": args.seed,
+            "prompt": args.text[:80].decode(errors="replace"),
+            "prompt_tokens": len(args.text),
+            "warm_up_tokens": WARM_UP,
         }
+        self.about = {**about_run("gen_time", args.device, settings), "fit": FIT}
 
     def record(self) -> dict[str, Any]:
         """Return what gen_time.json holds."""
@@ -89,6 +82,7 @@ class Run:
 
     def run(self) -> None:
         """Measure every series, one model in memory at a time."""
+        self.save()
         for name in self.args.models:
             mine = [series for series in self.series if series.name == name]
             model = None
@@ -127,10 +121,10 @@ class Run:
         def start() -> Iterator[Any]:
             return models.PROTOCOLS[series.protocol](model, prompt)
 
-        total = self.args.tokens * PASSES[series.protocol]
+        total, bar_options = self.args.tokens * PASSES[series.protocol], program.bar_options()
         with (
             torch.inference_mode(),
-            tqdm(total=total, desc=f"{series.name + ' ' + series.protocol:<20}", unit=" tokens", **self.bar) as bar,
+            tqdm(total=total, desc=f"{series.name + ' ' + series.protocol:<20}", unit=" tokens", **bar_options) as bar,
         ):
             warm_up = start()
             for _ in range(min(WARM_UP, self.args.tokens)):
@@ -155,21 +149,12 @@ class Run:
         """Write gen_time.json, whole or not at all."""
         text = json.dumps(self.record(), indent=2, ensure_ascii=False)
         text = re.sub(r"\[[-+\d.,e\s]+\]", lambda match: " ".join(match[0].split()), text)  # a list of numbers: a line
-        _replace(self.args.out / "gen_time.json", lambda path: path.write_text(text + "\n"))
+        replace(self.args.out / "gen_time.json", lambda path: path.write_text(text + "\n"))
         self.saved = time.monotonic()
 
     def draw(self) -> None:
         """Write gen_time.png, whole or not at all."""
-        _replace(self.args.out / "gen_time.png", lambda path: figure.draw(self.record(), path))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        figure.draw(self.record(), self.args.out / "gen_time.png")
 
 
 def _free() -> None:
@@ -186,17 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     args = parse(arguments)
     run = Run(args)
-    status = 0
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run.save()
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(run.run, run.save)
     run.draw()
     print(f"\n{table(run.series, args.tokens)}\n")
     print(f"wrote {args.out / 'gen_time.png'} and {args.out / 'gen_time.json'}")

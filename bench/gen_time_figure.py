@@ -5,18 +5,14 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-from gen_time_series import in_bytes
-
-matplotlib.use("Agg")
+import figures
 import matplotlib.pyplot as plt
+from figures import STYLE, Json
+from gen_time_series import in_bytes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
-
-Json = dict[str, Any]
 
 NAMES = {"rwkv4": "RWKV-4", "gpt-neox": "GPT-NeoX", "opt": "OPT", "bloom": "BLOOM", "gpt-neo": "GPT-Neo"}
 # The palette of Okabe and Ito: told apart under every common form of colour blindness.
@@ -26,21 +22,10 @@ LINES: dict[str, Json] = {
     "kv-cache": {"linestyle": (0, (1, 1)), "linewidth": 2.4, "zorder": 4},
     "recompute": {"linestyle": (0, (5, 1.5)), "linewidth": 2.0, "zorder": 3},
 }
-INK, FAINT = "#333333", "#8a8a8a"
-STYLE: Json = {
-    "font.family": "DejaVu Sans",
-    "font.size": 14,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-LABEL_GAP = 40.0  # points from one label to the next
 
 
 def draw(record: Json, path: Path) -> None:
-    """Draw the series of a gen_time.json as ``path``, a PNG."""
+    """Draw the series of a gen_time.json as ``path``, a PNG, whole or not at all."""
     series = [s for s in record["series"] if s["tokens"] > 0]
     # "recompute" carries nothing but the text.
     carrying = [s for s in series if s["protocol"] != "recompute" and s["state_or_cache_bytes"]]
@@ -52,10 +37,7 @@ def draw(record: Json, path: Path) -> None:
             for one in shown:
                 _line(axes, one, one[key])
             axes.set_xlabel("tokens generated", labelpad=8)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(which="both", color=FAINT)
-            axes.grid(True, color="#e6e6e6", linewidth=0.8)
-            axes.set_axisbelow(True)
+            figures.panel(axes, grid="both")
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
             axes.xaxis.set_major_formatter(_thousands)
             if shown:
@@ -74,8 +56,7 @@ def draw(record: Json, path: Path) -> None:
             sizes = [s["state_or_cache_bytes"] for s in carrying]
             memory.set_ylim(min(map(min, sizes)) / 2, 2 * max(map(max, sizes)))
             _labels(memory, carrying, "state_or_cache_bytes", _carried)
-        figure.savefig(path, dpi=150, format="png")
-        plt.close(figure)
+        figures.save(figure, path, dpi=150)
 
 
 def _thousands(value: float, _: int) -> str:
@@ -83,13 +64,11 @@ def _thousands(value: float, _: int) -> str:
 
 
 def _title(figure: Figure, record: Json) -> None:
-    settings, device = record["settings"], record["device"]
-    where = device["name"] if device["type"] != "cpu" else f"{device['name']} CPU, {device['threads']} threads"
+    settings = record["settings"]
     what = f"{settings['layers']} layers, width {settings['width']}, random weights"
-    figure.text(0.055, 0.93, "Time to generate a text, token by token", fontsize=23, weight="bold")
     how = f"batch 1, {settings['dtype']}, prompt of {settings['prompt_tokens']:,} tokens"
-    line = f"Models of the same size ({what})  ·  {how}  ·  {where}"
-    figure.text(0.055, 0.88, line, fontsize=14, color="#5a5a5a")
+    line = f"Models of the same size ({what})  ·  {how}  ·  {figures.device_name(record['device'])}"
+    figures.title(figure, "Time to generate a text, token by token", line)
 
 
 def _line(axes: Axes, series: Json, values: list[float]) -> None:
@@ -113,42 +92,14 @@ def _carried(series: Json) -> str:
 
 
 def _labels(axes: Axes, series: list[Json], key: str, detail: Callable[[Json], str]) -> None:
-    """Write the name of each line in the right margin, level with its end, and move labels apart that would touch."""
-    axes.figure.canvas.draw()
-    scale = axes.figure.dpi / 72  # pixels a point; labels are placed in points from the lower left of the axes
-    pixels = [axes.transData.transform((len(s[key]), s[key][-1])) for s in series]
-    ends = [((x - axes.bbox.x0) / scale, (y - axes.bbox.y0) / scale) for x, y in pixels]
-    width, top = axes.bbox.width / scale, axes.bbox.height / scale
-    heights = spread([y for _, y in ends], LABEL_GAP, 14, top)
-    for one, (x, y), height in zip(series, ends, heights, strict=True):
-        below = detail(one) if one["status"] == "complete" else f"{one['status']} at {one['tokens']:,}"
-        weight = "bold" if one["name"] == "rwkv4" else "normal"
-        common: Json = {"xycoords": "axes points", "textcoords": "offset points", "annotation_clip": False}
-        common |= {"color": COLOURS[one["name"]], "zorder": 6}
-        place = (width + 24, height)
-        axes.annotate(f"{NAMES[one['name']]}, {one['protocol']}", place, (0, 1), va="bottom", weight=weight, **common)
-        axes.annotate(below, place, (0, -1), va="top", fontsize=12.5, **common)
-        link = {"arrowstyle": "-", "color": COLOURS[one["name"]], "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", (x + 4, y), place, "axes points", "axes points", link | {"alpha": 0.6}, annotation_clip=False)
-
-
-def spread(positions: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions as little as needed to stand ``gap`` apart within [low, high] (squeezed if they cannot fit)."""
-    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
-    order = sorted(range(len(positions)), key=positions.__getitem__)
-    groups: list[list[float]] = []  # of neighbours that touch: the sum of their ideal starts, and their number
-    for rank, index in enumerate(order):
-        limit = high - gap * (len(positions) - 1)
-        groups.append([min(max(positions[index] - gap * rank, low), limit), 1])
-        while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:
-            total, count = groups.pop()
-            groups[-1][0] += total
-            groups[-1][1] += count
-    starts = [total / count for total, count in groups for _ in range(int(count))]
-    moved = [0.0] * len(positions)
-    for rank, index in enumerate(order):
-        moved[index] = starts[rank] + gap * rank
-    return moved
+    """Name each line in the right margin."""
+    labels = []
+    for one in series:
+        text = detail(one) if one["status"] == "complete" else f"{one['status']} at {one['tokens']:,}"
+        name, weight = one["name"], "bold" if one["name"] == "rwkv4" else "normal"
+        end = len(one[key]), one[key][-1]
+        labels.append(figures.Label(end, f"{NAMES[name]}, {one['protocol']}", text, COLOURS[name], weight))
+    figures.label(axes, labels, figures.LABEL_GAP, low=14)
 
 
 def _short(value: float, digits: int = 3) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gen_time_models as models
 import torch
-from command_line import DTYPES, Parser, check_writable, device, names, positive
+from command_line import DTYPES, Parser, add_device, add_out, check_writable, device, names, positive
 
 PROMPT = "Alice was beginning to get very tired of sitting by her sister on the bank"
 PROTOCOLS = ("recompute", "kv-cache")
@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "(default: tiny on a CPU; on a GPU 3b or, below 40 GB, 430m)",
     )
     option("--tokens", type=int, default=1024, metavar="N", help="how many tokens to generate (default: 1024)")
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     option("--dtype", choices=DTYPES, default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)")
     option(
         "--models",
@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     limit = "what is not measured by then is left out (default: no limit)"
     option("--minutes", type=positive, metavar="N", help=limit)
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     option("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
     args = parser.parse_args(arguments)
 

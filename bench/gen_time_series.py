@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from gen_time_models import carried_bytes
+from program import no_garbage_collection
 
 FIT = (
     "slope of log(seconds after the first token) on log(tokens after the first), by least squares"
@@ -73,11 +74,10 @@ def measure(
         not series.seconds or time.monotonic() - began < REPEAT_FOR
     ):
         gc.collect()
-        gc.disable()
-        steps = start()
-        times: list[float] = []
-        series.seconds.append(times)
-        try:
+        with no_garbage_collection():
+            steps = start()
+            times: list[float] = []
+            series.seconds.append(times)
             for n in range(tokens):
                 begin = time.perf_counter()
                 carried = next(steps)
@@ -86,8 +86,6 @@ def measure(
                 if n >= len(series.carried):
                     series.carried.append(carried_bytes(carried))
                 tick()
-        finally:
-            gc.enable()
 
 
 def table(series: list[Series], tokens: int) -> str:

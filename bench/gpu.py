@@ -22,7 +22,8 @@ from typing import IO, Any
 try:
     import result_file
     from about import slug
-    from command_line import Parser, check_writable
+    from command_line import Parser
+    from program import sigterm_as_interrupt
 except ImportError as error:
     sys.exit(f"gpu.py: {error}; pip install -e '.[bench]' installs what it needs")
 
@@ -235,16 +236,13 @@ def main(arguments: list[str] | None = None) -> int:
     if about is None:
         parser.error("there is no GPU here")
     out = (args.out or ROOT / "bench" / "results" / slug(about["device"]["name"])).resolve()
-    check_writable(out, parser)
-    result_file.keep_other_hardware(out / "gpu.json", about["device"], parser)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result_file.check(out / "gpu.json", about["device"], parser)
     try:
-        return run(chosen(args.parts, parts(out), parser), Record(out, about), LOGS, again=args.again)
+        with sigterm_as_interrupt():
+            return run(chosen(args.parts, parts(out), parser), Record(out, about), LOGS, again=args.again)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

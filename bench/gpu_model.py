@@ -18,7 +18,7 @@ from typing import Any
 
 try:
     import unmeasured
-    from command_line import Parser, names
+    from command_line import Parser, add_out, names
     from compiled_gpu import LOAD_CYCLES, Figures
     from operator_base import GPU_SHAPES, Shape, shape_name
 except ImportError as error:
@@ -251,7 +251,7 @@ def main() -> None:
     option("--devices", type=names("device", DEVICES), default=["h200"], metavar="LIST", help=", ".join(DEVICES))
     option("--ops", type=names("op", OPERATORS), default=list(OPERATORS), metavar="LIST", help=", ".join(OPERATORS))
     option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
-    unmeasured.add_out(parser)
+    add_out(parser)
     args = parser.parse_args()
     unmeasured.check(args.out, "gpu_model", parser)
 

@@ -13,20 +13,19 @@ falls on all alike. The first run of each does not count; its logits are compare
 
 import argparse
 import contextlib
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
 try:
+    import program
     import result_file
     import torch
-    from about import about_device, about_software
-    from command_line import Parser, check_writable, device, names, positive
+    from about import about_device, about_run
+    from command_line import add_device, add_out, device, names, parser_of, positive
     from ops_timing import OtherWork, Task
     from torch import Tensor
     from tqdm import tqdm
@@ -95,12 +94,8 @@ class Run:
         with patch():
             self.model = RwkvForCausalLM(RwkvConfig(**self.sizes, context_length=length)).to(args.device)
         self.tokens = torch.randint(0, self.sizes["vocab_size"], (1, length), device=args.device)
-        self.about = {
-            "benchmark": "hf_speed",
-            "device": about_device(args.device),
-            **about_software(),
-            "settings": {**self.sizes, "B": 1, "T": length, "dtype": "float32", "seed": args.seed},
-        }
+        settings = {**self.sizes, "B": 1, "T": length, "dtype": "float32", "seed": args.seed}
+        self.about = about_run("hf_speed", args.device, settings)
 
     def save(self) -> None:
         """Write hf_speed.json."""
@@ -184,22 +179,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="hf_speed.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("hf_speed.py", __doc__)
     option = parser.add_argument
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     known = ",".join(PASSES)
     option("--passes", type=names("pass", PASSES), default=list(PASSES), metavar="LIST", help=f"(default: {known})")
     option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
     option("--quick", action="store_true", help="a small model and a short text: seconds, and no measure of anything")
     option("--seed", type=int, default=0, metavar="N", help="of weights and text (default: 0)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.device = device(args.device, parser)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "hf_speed.json", about_device(args.device), parser)
+    result_file.check(args.out / "hf_speed.json", about_device(args.device), parser)
     return args
 
 
@@ -207,16 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if the patched model gave another result."""
     args = parse(arguments)
     run = Run(args)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
-    try:
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(run.run, run.save)
     print(f"\n{table(run.rows)}\n\nwrote {args.out / 'hf_speed.json'}")
     bad = [row for row in run.rows if row["error"] is not None and not row["error"] <= WRONG]
     for row in bad:

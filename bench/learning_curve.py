@@ -31,7 +31,6 @@ curve. With --truncated both models see consecutive windows, each row going on w
 
 import argparse
 import math
-import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -40,10 +39,11 @@ from typing import Any
 try:
     import learning_curve_figure as figure
     import learning_curve_yardsticks as yardsticks
+    import program
     import result_file
     import torch
-    from about import about_device, about_software
-    from command_line import Parser, check_writable, device, names, positive
+    from about import about_device, about_run
+    from command_line import Parser, add_device, add_out, device, names, parser_of, positive
     from learning_curve_checkpoint import WrongCheckpoint
     from learning_curve_data import Batches, from_file, standard_library
     from learning_curve_models import HEAD, NAMES, RECIPES
@@ -83,10 +83,9 @@ class Run:
 
     def train(self) -> None:
         """Train every model to the end."""
-        quiet = {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10}  # a log file needs few lines
         done = sum(training.position for training in self.trainings.values())
         total = self.args.steps * len(self.trainings)
-        with tqdm(total=total, initial=done, unit=" steps", **quiet) as bar:
+        with tqdm(total=total, initial=done, unit=" steps", **program.bar_options()) as bar:
             for name, training in self.trainings.items():
                 bar.set_description(NAMES[name])
                 training.run(self.checkpoint(name), bar.update)
@@ -96,13 +95,11 @@ class Run:
         args, text = self.args, self.args.text
         rows = [row(training, text.held_out, args.device) for training in self.trainings.values()]
         shown = ("layers", "width", "length", "batch", "steps", "seed", "quick")
+        chosen = {name: getattr(args, name) for name in shown} | {"steps_a_point": EVERY}
         about = {"title": text.title, "training_bytes": sum(map(len, text.training))}
         about |= {"held_out_bytes": sum(map(len, text.held_out)), "held_out_documents": len(text.held_out)}
         return {
-            "benchmark": "learning_curve",
-            "device": about_device(args.device),
-            **about_software(["safetensors"]),
-            "settings": {name: getattr(args, name) for name in shown} | {"steps_a_point": EVERY},
+            **about_run("learning_curve", args.device, chosen, ["safetensors"]),
             "text": about,
             "yardsticks": yardsticks.measure(text, args.batches.seen(args.steps)),
             "rows": rows,
@@ -129,9 +126,7 @@ def settings(args: argparse.Namespace, name: str) -> Settings:
 
 def command_line() -> Parser:
     """Return the parser of the options."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="learning_curve.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("learning_curve.py", __doc__)
     option = parser.add_argument
     option("--models", type=names("model", NAMES), default=list(NAMES), metavar="LIST", help="of " + ", ".join(NAMES))
     option("--text", type=Path, metavar="FILE", help="another text, whose last twentieth is held out")
@@ -147,9 +142,9 @@ def command_line() -> Parser:
     rwkv.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again, not keep them")
     rwkv.add_argument("--bfloat16", action="store_true", help="with autocast")
     option("--fresh", action="store_true", help="start again, whatever checkpoints there are")
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     option("--threads", type=positive, metavar="N", help="of the CPU (default: PyTorch's choice)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     return parser
 
 
@@ -163,8 +158,7 @@ def parse(parser: Parser, arguments: list[str] | None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or size)
     if args.width % HEAD:
         parser.error(f"--width must be a multiple of {HEAD}, got {args.width}")
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "learning_curve.json", about_device(args.device), parser)
+    result_file.check(args.out / "learning_curve.json", about_device(args.device), parser)
     try:
         args.text = from_file(args.text) if args.text else standard_library()
         args.batches = Batches(args.text, args.batch, args.length, args.seed, consecutive=args.truncated)
@@ -194,15 +188,13 @@ def main(arguments: list[str] | None = None) -> int:
         run = Run(args)
     except WrongCheckpoint as error:
         parser.error(f"{error}; --fresh starts again")
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run.train()
-        lines = run.finish()
+        with program.sigterm_as_interrupt():
+            run.train()
+            lines = run.finish()
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     print("", *lines, sep="\n")
     return 0
 

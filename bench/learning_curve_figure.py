@@ -5,12 +5,9 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import figures
 import matplotlib.pyplot as plt
-from gen_time_figure import FAINT, LABEL_GAP, STYLE, Json
+from figures import FAINT, LABEL_GAP, STYLE, Json
 from learning_curve_models import NAMES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -16,17 +16,16 @@ beyond tokens, parameters and output, each storage counted once.
 
 import argparse
 import re
-import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 try:
     import ops_cuda
     import ops_timing
+    import program
     import result_file
-    from about import about_device, about_software
-    from command_line import DTYPES, Parser, check_writable, device, names
+    from about import about_device, about_run
+    from command_line import DTYPES, add_device, add_out, device, names, parser_of
     from lru_layer_forms import ABOUT, FORMS
     from lru_layer_run import PASSES, REFERENCE, RING, Case, Measurement, Shape, draw
     from tqdm import tqdm
@@ -41,7 +40,6 @@ CPU_SHAPES: list[Shape] = [(4, 2048, 256, 256), (1, 8192, 256, 256)]
 QUICK_SHAPES: list[Shape] = [(2, 64, 16, 24)]
 # On a GPU: how many times the time and the memory of this package every other form should take.
 TARGET, TARGET_ROW = 2.0, ("forward+backward", "bfloat16", GPU_SHAPES[0])
-BUSY = 0.1  # cores of other processes
 
 HEAD = ["pass", "B, T, H, N", "dtype", "form", "ms", "least", "10 to 90 %", "peak MB", "kept MB", "error"]
 HEAD += ["time, times ours", "peak, times ours", "target"]
@@ -53,23 +51,17 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         """Read the settings; nothing is measured yet."""
         self.args = args
-        gpu = args.device.type == "cuda"
-        self.cuda = ops_cuda.Cuda(args.device) if gpu else None
-        full, quick = (ops_timing.GPU, ops_timing.GPU_QUICK) if gpu else (ops_timing.FULL, ops_timing.QUICK)
-        self.effort = quick if args.quick else full
+        self.cuda = ops_cuda.Cuda(args.device) if args.device.type == "cuda" else None
+        self.effort = ops_timing.effort(args.device, quick=args.quick)
         self.rows: list[dict[str, Any]] = []
-        self.about = {
-            "benchmark": "lru_layer",
-            "device": about_device(args.device),
-            **about_software(),
-            "settings": {
-                "seed": args.seed,
-                "quick": args.quick,
-                "ring": RING,
-                "reference": REFERENCE,
-                "providers": {name: ABOUT[name] for name in args.providers},
-            },
+        settings = {
+            "seed": args.seed,
+            "quick": args.quick,
+            "ring": RING,
+            "reference": REFERENCE,
+            "providers": {name: ABOUT[name] for name in args.providers},
         }
+        self.about = about_run("lru_layer", args.device, settings)
 
     def save(self) -> None:
         """Write lru_layer.json."""
@@ -138,11 +130,9 @@ def shapes(text: str) -> list[Shape]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="lru_layer.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("lru_layer.py", __doc__)
     option = parser.add_argument
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     gpu, cpu = (",".join("x".join(map(str, one)) for one in group) for group in (GPU_SHAPES, CPU_SHAPES))
     option("--shapes", type=shapes, metavar="LIST", help=f"BxTxHxN, comma-separated (default: GPU {gpu}; CPU {cpu})")
     for name, kind, known, default in (
@@ -153,14 +143,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         option(name, type=names(kind, known), default=default, metavar="LIST", help=text)
     option("--quick", action="store_true", help="a tiny shape and few repetitions: seconds, and no measure of anything")
     option("--seed", type=int, default=0, metavar="N", help="of parameters and tokens (default: 0)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.device = device(args.device, parser)
     args.shapes = args.shapes or (
         QUICK_SHAPES if args.quick else GPU_SHAPES if args.device.type == "cuda" else CPU_SHAPES
     )
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "lru_layer.json", about_device(args.device), parser)
+    result_file.check(args.out / "lru_layer.json", about_device(args.device), parser)
     return args
 
 
@@ -168,22 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
     args = parse(arguments)
     run = Run(args)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
-    try:
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(run.run, run.save)
     print(f"\n{table(run.rows, args.device.type)}\n\nwrote {args.out / 'lru_layer.json'}")
-    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
-    if busy > BUSY and args.device.type == "cpu":
-        print(
-            f"lru_layer.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr
-        )
+    program.complain_of_other_work("lru_layer.py", run.rows, args.device)
     bad = [row for row in run.rows if row["provider"] == OURS and row["status"] != "ok"]
     for row in bad:
         print(

@@ -20,20 +20,18 @@ training steps, by the median one. The largest eigenvalue is the one after train
 """
 
 import argparse
-import signal
 import sys
 from itertools import groupby
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 try:
     import lru_steps_figure as figure
+    import program
     import result_file
-    import sklearn
     import torch
-    from about import about_device, about_software
-    from command_line import Parser, check_writable, device, names, positive
+    from about import about_device, about_run
+    from command_line import add_device, add_out, device, names, parser_of, positive
     from lru_steps_models import NAMES
     from lru_steps_tasks import TASKS, Task
     from lru_steps_training import EVERY, Training
@@ -54,18 +52,12 @@ class Run:
         self.trainings = [
             Training(task, model, seed) for task in args.tasks for model in task.models for seed in range(args.seeds)
         ]
-        about = about_software()
-        about["versions"]["scikit-learn"] = sklearn.__version__
-        self.about = {
-            "benchmark": "lru_steps",
-            "device": about_device(args.device),
-            **about,
-            "settings": {
-                "seeds": args.seeds,
-                "steps_a_point": EVERY,  # of the curves
-                "tasks": {task.name: settings(task, self._steps(task)) for task in args.tasks},
-            },
+        chosen = {
+            "seeds": args.seeds,
+            "steps_a_point": EVERY,  # of the curves
+            "tasks": {task.name: settings(task, self._steps(task)) for task in args.tasks},
         }
+        self.about = about_run("lru_steps", args.device, chosen, ["scikit-learn"])
 
     def record(self) -> dict[str, Any]:
         """Return what lru_steps.json holds."""
@@ -73,9 +65,9 @@ class Run:
 
     def run(self) -> None:
         """Train everything, seed after seed within a model."""
-        quiet = {} if sys.stderr.isatty() else {"mininterval": 10, "maxinterval": 10}  # a log file needs few lines
+        self.save()
         total = sum(self._steps(training.task) for training in self.trainings)
-        with tqdm(total=total, unit=" steps", **quiet) as bar:
+        with tqdm(total=total, unit=" steps", **program.bar_options()) as bar:
             for training in self.trainings:
                 bar.set_description(f"{training.task.name} {training.model} {training.seed}")
                 training.run(self.args.device, self._steps(training.task), bar.update)
@@ -122,30 +114,27 @@ def table(trainings: list[Training]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="lru_steps.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("lru_steps.py", __doc__)
     option = parser.add_argument
     known = f"comma-separated, of {', '.join(TASKS)} (default: all; with --quick {','.join(QUICK_TASKS)})"
     option("--tasks", type=names("task", TASKS), metavar="LIST", help=known)
     option("--seeds", type=positive, metavar="N", help=f"trainings of each network (default: {SEEDS})")
     option("--steps", type=positive, metavar="N", help="of a training (default: as many as the task needs)")
     option("--quick", action="store_true", help=f"fewer steps and tasks and {QUICK_SEEDS} seed: less than a minute")
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     option(
         "--threads",
         type=positive,
         metavar="N",
         help="of the CPU (default: 1, since these networks are small and one thread is slowed down least by others)",
     )
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.device = device(args.device, parser)
     args.tasks = [TASKS[name] for name in args.tasks or (QUICK_TASKS if args.quick else TASKS)]
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
     torch.set_num_threads(args.threads or 1)
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "lru_steps.json", about_device(args.device), parser)
+    result_file.check(args.out / "lru_steps.json", about_device(args.device), parser)
     return args
 
 
@@ -153,17 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     args = parse(arguments)
     run = Run(args)
-    status = 0
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run.save()
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(run.run, run.save)
     run.draw()
     print(f"\n{table(run.trainings)}\n")
     print(f"wrote {args.out / 'lru_steps.png'} and {args.out / 'lru_steps.json'}")

@@ -5,12 +5,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-
-matplotlib.use("Agg")
 import figures
 import matplotlib.pyplot as plt
-from gen_time_figure import FAINT, LABEL_GAP, STYLE, Json
+from figures import FAINT, LABEL_GAP, STYLE, Json
 from lru_steps_models import NAMES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -29,14 +29,14 @@ and the state read and written; linear_scan_fixed, one multiplier for all: 2e (x
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 try:
+    import program
     import result_file
     from about import about_device
-    from command_line import Parser, check_writable, device, names, positive
+    from command_line import Parser, add_device, add_out, device, names, parser_of, positive
     from operators import OPERATORS
     from ops_figure import draw_all
     from ops_passes import PASSES
@@ -47,16 +47,12 @@ try:
 except ImportError as error:
     sys.exit(f"ops.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-BUSY = 0.1  # cores of other processes
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    head, *rest = __doc__.split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="ops.py", description=head, epilog="\n\n".join(rest), formatter_class=formatter)
+    parser = parser_of("ops.py", __doc__)
     option = parser.add_argument
-    option("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add_device(parser)
     text = f"BxTxC, BxTxCp for packed documents, comma-separated (default: {default_shapes()})"
     option("--shapes", type=layouts, metavar="LIST", help=text)
     dtypes = (f"{name}: {','.join(op.gpu_dtypes)} or {op.default_dtype}" for name, op in OPERATORS.items())
@@ -72,13 +68,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--minutes", type=positive, metavar="N", help="what is not measured by then is left out (default: no limit)")
     option("--quick", action="store_true", help="fewer repetitions, and one small shape an operator")
     option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
-    option("--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: the current folder)")
+    add_out(parser)
     args = parser.parse_args(arguments)
     args.device = device(args.device, parser)
     args.cases = cases(args, parser)
     _configure(args, parser)
-    check_writable(args.out, parser)
-    result_file.keep_other_hardware(args.out / "ops.json", about_device(args.device), parser)
+    result_file.check(args.out / "ops.json", about_device(args.device), parser)
     return args
 
 
@@ -90,28 +85,24 @@ def _configure(args: argparse.Namespace, parser: Parser) -> None:
     RWKV_CUDA.lengths = tuple(case.shape[1] for case in args.cases)
 
 
+def measure(run: Run) -> int:
+    """Measure; return the exit status: 1 if the device was lost."""
+    try:
+        run.run()
+    except DeviceLostError as error:
+        print(f"\nops.py: the device is lost: {error}; writing what was measured", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
     args = parse(arguments)
     run = Run(args)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
-    try:
-        run.run()
-    except KeyboardInterrupt:
-        status = 130
-        print("\ninterrupted: writing what was measured", file=sys.stderr)
-    except DeviceLostError as error:
-        status = 1
-        print(f"\nops.py: the device is lost: {error}; writing what was measured", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        run.save()
+    status = program.run_and_save(lambda: measure(run), run.save)
     written = [args.out / "ops.json", *draw_all({**run.about, "rows": run.rows}, args.out)]
     print(f"\n{tables(run.rows, args.device.type)}\n\nwrote {', '.join(map(str, written))}")
-    busy = max((row["other_cores"] or 0 for row in run.rows), default=0)
-    if busy > BUSY and args.device.type == "cpu":
-        print(f"ops.py: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr)
+    program.complain_of_other_work("ops.py", run.rows, args.device)
     bad = [row for row in run.rows if row["provider"] == OURS and row["status"] in ("wrong", "failed")]
     for row in bad:
         case = f"{row['op']}, {row['pass']}, {row['dtype']}"

@@ -3,14 +3,11 @@
 import sys
 from pathlib import Path
 
-import matplotlib
-import result_file
-
-matplotlib.use("Agg")
 import figures
 import matplotlib.pyplot as plt
+import result_file
 from command_line import Parser, check_writable
-from gen_time_figure import FAINT, INK, STYLE, Json
+from figures import FAINT, INK, STYLE, Json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter

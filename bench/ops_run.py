@@ -12,7 +12,7 @@ import ops_cuda
 import ops_timing
 import result_file
 import torch
-from about import about_device, about_software
+from about import about_run
 from operator_base import CPU, Inputs
 from ops_passes import checked_channels, cuda_task, errors, saved_bytes, task
 from ops_plan import Case
@@ -52,27 +52,23 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         """Read the settings, take the copy bandwidth; nothing else is measured yet."""
         self.args = args
-        gpu = args.device.type == "cuda"
-        self.cuda = ops_cuda.Cuda(args.device) if gpu else None
-        full, quick = (ops_timing.GPU, ops_timing.GPU_QUICK) if gpu else (ops_timing.FULL, ops_timing.QUICK)
-        self.effort = quick if args.quick else full
+        self.cuda = ops_cuda.Cuda(args.device) if args.device.type == "cuda" else None
+        self.effort = ops_timing.effort(args.device, quick=args.quick)
         self.began = time.monotonic()
         self.deadline = math.inf if args.minutes is None else self.began + 60 * args.minutes
         self.first_seconds: dict[str, float] = {}  # seconds of a provider's, without its very first
         self.rows: list[dict[str, Any]] = []
         peers = {case.operator.name: [case.operator.all_providers()[n] for n in case.providers] for case in args.cases}
         packages = {peer.distribution for group in peers.values() for peer in group} - {None}
+        settings = {
+            "seed": args.seed,
+            "quick": args.quick,
+            "minutes": args.minutes,
+            "reference": REFERENCE,
+            "providers": {name: {peer.name: peer.about for peer in group} for name, group in peers.items()},
+        }
         self.about = {
-            "benchmark": "ops",
-            "device": about_device(args.device),
-            **about_software(sorted(packages)),
-            "settings": {
-                "seed": args.seed,
-                "quick": args.quick,
-                "minutes": args.minutes,
-                "reference": REFERENCE,
-                "providers": {name: {peer.name: peer.about for peer in group} for name, group in peers.items()},
-            },
+            **about_run("ops", args.device, settings, sorted(packages)),
             "copy": "median of nine; on a GPU the largest of 256 MiB, 1 GiB and 4 GiB, by events; on a CPU 256 MiB",
             "copy_gbps": ops_cuda.copy_bandwidth(self.cuda) if self.cuda else ops_timing.copy_bandwidth(args.device),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from program import no_garbage_collection
 
 SLOW = 0.1  # seconds: what takes longer has no uncounted call at the beginning of its turn
 ONLY_GPU = ("ms_host", "peak_bytes", "head_start")  # of the figures
@@ -36,6 +37,13 @@ QUICK = Effort(repeats=2, seconds=0.1)
 # On a GPU there are several hundred to be timed, in minutes.
 GPU = Effort(repeats=7, seconds=0.02, turn=0.01, once=0.25, most=100)
 GPU_QUICK = Effort(repeats=3, seconds=0.005, turn=0.005, once=0.25, most=30)
+
+
+def effort(device: torch.device, *, quick: bool) -> Effort:
+    """Return how long to measure each call on a device."""
+    if device.type == "cuda":
+        return GPU_QUICK if quick else GPU
+    return QUICK if quick else FULL
 
 
 @dataclass
@@ -99,9 +107,7 @@ def measure(tasks: list[Task], effort: Effort, done: Callable[[], Any]) -> None:
     failure, and the others go on.
     """
     waiting = list(tasks)
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with no_garbage_collection():
         while waiting:
             for task in waiting:
                 try:
@@ -116,9 +122,6 @@ def measure(tasks: list[Task], effort: Effort, done: Callable[[], Any]) -> None:
                 if task.failure or task.enough(effort):
                     done()
             waiting = [task for task in waiting if not (task.failure or task.enough(effort))]
-    finally:
-        if collects:
-            gc.enable()
 
 
 class OtherWork:

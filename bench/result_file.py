@@ -1,14 +1,14 @@
-"""Result files of ops.py and accuracy.py: a record of the run, and rows of one line each."""
+"""Result files of the benchmarks: a record of the run, and rows of one line each."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser
+from command_line import Parser, check_writable
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -17,9 +17,14 @@ def write(path: Path, record: dict[str, Any]) -> None:
     head = json.dumps(_plain({**record, "rows": []}), indent=2)
     assert head.endswith('"rows": []\n}')
     text = head.removesuffix("[]\n}") + (f"[\n{rows}\n  ]\n}}\n" if rows else "[]\n}\n")
+    replace(path, lambda part: part.write_text(text))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make the file under another name and put it there; whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text)
+        write(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -35,8 +40,9 @@ def read(path: Path, parser: Parser) -> dict[str, Any]:
     return record
 
 
-def keep_other_hardware(path: Path, device: dict[str, Any], parser: Parser) -> None:
-    """End the program if the file holds what other hardware measured."""
+def check(path: Path, device: dict[str, Any], parser: Parser) -> None:
+    """End the program if the file cannot be written, or holds what other hardware measured."""
+    check_writable(path.parent, parser)
     try:
         before = json.loads(path.read_text())["device"]
     except FileNotFoundError:

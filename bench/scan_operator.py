@@ -1,4 +1,3 @@
-# ruff: noqa: D102 (Operator says what the methods do)
 """The linear scan for ops.py and accuracy.py: its shapes, passes, bytes, targets and bounds.
 
 With ``a`` of its own at every token and with one that is the same at all are two operators here: they move different

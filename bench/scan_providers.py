@@ -1,4 +1,3 @@
-# ruff: noqa: D102 (Provider and ScanProvider say what the methods of the others do)
 """Who computes the linear scan: this package and its peers. The only file that knows how they are called."""
 
 import functools

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 try:
     import unmeasured
-    from command_line import COMPLEX_DTYPES, DTYPES, Parser, names, positive
+    from command_line import COMPLEX_DTYPES, DTYPES, Parser, add_out, names, positive
     from operator_base import Shape
     from operators import OPERATORS
     from traffic_counter import Access, TrafficCounter, merged
@@ -121,7 +121,7 @@ def main() -> None:
     option("--dtypes", type=names("dtype", known), default=DEFAULT_DTYPES, metavar="LIST", help=", ".join(known))
     option("--tokens", type=positive, default=512, metavar="N", help="of the one sequence (%(default)s)")
     option("--chunk", type=positive, default=128, metavar="N", help="tokens a chunk, where time is split (%(default)s)")
-    unmeasured.add_out(parser)
+    add_out(parser)
     args = parser.parse_args()
     unmeasured.check(args.out, "traffic", parser)
 

@@ -5,22 +5,15 @@ from typing import Any
 
 import result_file
 from about import about_software
-from command_line import Parser, check_writable
+from command_line import Parser
 
 # In the place of the device that other files name: no row is taken for a measurement.
 DEVICE = {"type": "none", "name": "computed, nothing measured"}
 
 
-def add_out(parser: Parser) -> None:
-    """Add the option --out."""
-    text = "where to write (default: the current folder)"
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help=text)
-
-
 def check(folder: Path, benchmark: str, parser: Parser) -> None:
     """End the program if its results cannot be written into the folder, or would replace what is none of its own."""
-    check_writable(folder, parser)
-    result_file.keep_other_hardware(folder / f"{benchmark}.json", DEVICE, parser)
+    result_file.check(folder / f"{benchmark}.json", DEVICE, parser)
 
 
 def record(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 (Provider and WKVProvider say what the methods do)
 """The CUDA kernels that RWKV-4 was trained with, compiled from the files that transformers shipped until 4.57."""
 
 import functools

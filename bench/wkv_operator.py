@@ -1,4 +1,3 @@
-# ruff: noqa: D102 (Operator says what the methods do)
 """WKV for ops.py and accuracy.py: its shapes, passes, bytes, targets and bounds."""
 
 from typing import ClassVar

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 (Provider and WKVProvider say what the methods of the others do)
 """Who computes WKV: this package and its peers, each behind one face. The only file that knows how they are called."""
 
 import importlib

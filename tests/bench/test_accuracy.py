@@ -1,12 +1,13 @@
 """The error tables: their rows, the bounds that this package promises, how it fails. Shown on WKV."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load, run_script
+from bench_scripts import BAD_OPTION, bad_results, load, run_script
 
 RESULTS = ("y", "gk", "gv", "gu", "gw", "gstate")
 # Allowed in float32: of y, of gw, and of the other gradients.
@@ -136,14 +137,11 @@ BAD = {
     "unknown dtype 'int8'": ["--dtypes", "int8"],
     "nothing to measure": ["--ops", "wkv", "--dtypes", "complex64"],
     "argument --tokens: expected a whole number of at least 1, got '0'": ["--tokens", "0"],
-    "cannot write into 'file/results': Not a directory": ["--out", "file/results"],
+    **BAD_OPTION,
+    **bad_results("accuracy"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    assert_refused(accuracy, BAD[message], message, capsys)
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(accuracy, BAD[message], message)

@@ -4,12 +4,13 @@ import argparse
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
 from recorded_graph import RecordedGraph
 
 for package in ("tqdm", "transformers"):
@@ -132,10 +133,7 @@ def test_out_of_memory_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypa
 
 
 def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(decode, "prefill_row", stop)
+    monkeypatch.setattr(decode, "prefill_row", interrupt)
     assert decode.main([*QUICK, "--out", str(tmp_path)]) == 130
     assert [row["pass"] for row in result(tmp_path)["rows"]] == ["decode", "decode"]
 
@@ -155,17 +153,12 @@ BAD = {
     "argument --tokens: expected a whole number of at least 1, got '0'": ["--tokens", "0"],
     "argument --temperature: expected a number of at least 0, got '-1'": ["--temperature", "-1"],
     "argument --temperature: expected a number of at least 0, got 'hot'": ["--temperature", "hot"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "was measured on 'another machine'; choose another folder": ["--out", "other"],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("decode"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("other").mkdir()
-    Path("other", "decode.json").write_text(json.dumps({"device": {"name": "another machine"}}))
-    assert_refused(decode, BAD[message], message, capsys)
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(decode, BAD[message], message)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import ROOT, assert_refused, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, environment, load, run_script
 
 SCRIPT = ROOT / "bench" / "gen_time.py"
 
@@ -166,9 +166,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--tokens", "100000", "--models", "rwkv4", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "gen_time.json").exists() and result(tmp_path)["series"][0]["tokens"] > 16):
@@ -192,28 +190,21 @@ def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> Non
 BAD = {
     "unknown model 'gpt-5' (choose from rwkv4, gpt-neox, opt, bloom, gpt-neo)": ["--models", "rwkv4,gpt-5"],
     "unknown protocol 'beam' (choose from recompute, kv-cache)": ["--protocols", "beam"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "unknown device 'meta'": ["--device", "meta"],
-    "there is no device 'cuda:99'": ["--device", "cuda:99"],
     "argument --size: invalid choice: '5b'": ["--size", "5b"],
     "argument --dtype: invalid choice: 'int8'": ["--dtype", "int8"],
     "--tokens must be at least 1, got 0": ["--tokens", "0"],
     "argument --tokens: invalid int value: 'many'": ["--tokens", "many"],
-    "cannot read the prompt 'nowhere.txt': No such file or directory": ["--prompt", "nowhere.txt"],
-    "the prompt 'empty.txt' is empty": ["--prompt", "empty.txt"],
-    "cannot write into 'empty.txt/results': Not a directory": ["--out", "empty.txt/results"],
+    "cannot read the prompt 'nowhere': No such file or directory": ["--prompt", "nowhere"],
+    "the prompt 'file' is empty": ["--prompt", "file"],
     "argument --minutes: expected a whole number of at least 1, got '0'": ["--minutes", "0"],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").touch()
-    assert_refused(gen_time, BAD[message], message, capsys)
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(gen_time, BAD[message], message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -225,10 +216,4 @@ def test_read_only_folder_gives_status_2(tmp_path: Path) -> None:
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        gen_time.main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("size", "tokens", "device", "dtype", "models", "protocols", "prompt", "out", "seed", "minutes"):
-        assert f"--{option} " in text
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert_help_names(gen_time, "size tokens device dtype models protocols prompt out seed minutes", capsys)

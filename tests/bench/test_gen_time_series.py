@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 for package in ("matplotlib", "transformers"):
     pytest.importorskip(package)
-series, figure = map(load, ("gen_time_series", "gen_time_figure"))
+series, figure, figures = map(load, ("gen_time_series", "gen_time_figure", "figures"))
 
 
 @given(st.floats(0.5, 3.0), st.floats(1e-6, 1e2), st.integers(16, 2000), st.floats(0, 1e3))
@@ -74,7 +74,7 @@ def test_clock_stops_only_when_the_device_has_finished() -> None:
 
 @given(st.lists(st.floats(-50, 450), min_size=1, max_size=9), st.floats(1, 40))
 def test_labels_stand_apart_and_keep_their_order(positions: list[float], gap: float) -> None:
-    moved = figure.spread(positions, gap, 0, 400)
+    moved = figures.spread(positions, gap, 0, 400)
     order = sorted(range(len(positions)), key=positions.__getitem__)
     ordered = [moved[i] for i in order]
     assert all(b - a >= gap * (1 - 1e-9) for a, b in itertools.pairwise(ordered))

@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
@@ -84,10 +85,7 @@ def test_wrong_result_gives_status_1(
 def test_interrupt_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(model: Any, tokens: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(hf_speed.PASSES, "prefill", hf_speed.Pass(stop, 1.0))
+    monkeypatch.setitem(hf_speed.PASSES, "prefill", hf_speed.Pass(interrupt, 1.0))
     assert hf_speed.main([*QUICK, "--out", str(tmp_path)]) == 130
     assert [row["pass"] for row in result(tmp_path)["rows"]] == ["train"] * 3
     assert "interrupted" in capsys.readouterr().err
@@ -96,17 +94,12 @@ def test_interrupt_keeps_what_was_measured(
 BAD = {
     "argument --passes: unknown pass 'decode' (choose from train, prefill)": ["--passes", "decode"],
     "argument --rounds: expected a whole number of at least 1, got '0'": ["--rounds", "0"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "was measured on 'another machine'; choose another folder": ["--out", "other"],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("hf_speed"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("other").mkdir()
-    Path("other", "hf_speed.json").write_text(json.dumps({"device": {"name": "another machine"}}))
-    assert_refused(hf_speed, BAD[message], message, capsys)
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(hf_speed, BAD[message], message)

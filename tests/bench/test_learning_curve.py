@@ -1,14 +1,14 @@
 """The program learning_curve.py: what it writes, how it goes on, and what it says."""
 
 import json
-import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, assert_refused, bad_results, load, run_script
 
 for package in ("matplotlib", "safetensors", "tqdm", "transformers"):
     pytest.importorskip(package)
@@ -200,39 +200,29 @@ BAD = {
     "argument --rate: expected a positive number, got '0'": ["--rate", "0"],
     "argument --seed: invalid int value: 'x'": ["--seed", "x"],
     "argument --packed: not allowed with argument --truncated": ["--truncated", "--packed"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "there is no device 'cuda:99'": ["--device", "cuda:99"],
     "cannot read 'nothing': No such file or directory": ["--text", "nothing"],
     "cannot read 'other': Is a directory": ["--text", "other"],
     "the text must have at least 20 bytes, got 4": ["--text", "short"],
     "the text must have at least 4112 bytes, got ": ["--text", "text", "--length", "256", "--batch", "16"],
-    "cannot write into 'text/results': Not a directory": ["--out", "text/results"],
-    "was measured on 'another machine'; choose another folder": ["--out", "other"],
-    "is not a result of this program; choose another folder": ["--out", "broken"],
     "'kept/learning_curve.rwkv4.safetensors' is not a checkpoint of this program; --fresh starts again": [
         *TINY,
         "--out",
         "kept",
     ],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("learning_curve"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
     Path("short").write_text("tiny")
-    for folder, text in (("other", json.dumps({"device": {"name": "another machine"}})), ("broken", "{")):
-        Path(folder).mkdir()
-        Path(folder, "learning_curve.json").write_text(text)
     Path("kept").mkdir()
     Path("kept/learning_curve.rwkv4.safetensors").write_text("no checkpoint")
-    assert_refused(learning_curve, BAD[message], message, capsys)
+    refused(learning_curve, BAD[message], message)
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        learning_curve.main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
     options = "models text quick layers width length batch steps rate seed truncated packed gradient-checkpointing"
-    assert all(re.search(rf"--{option}\s", text) for option in f"{options} bfloat16 fresh device threads out".split())
+    assert_help_names(learning_curve, f"{options} bfloat16 fresh device threads out", capsys)

@@ -16,6 +16,7 @@ for package in ("safetensors", "transformers"):
 data, models, training, evaluation, checkpoint = (
     load(f"learning_curve_{name}") for name in ("data", "models", "training", "evaluation", "checkpoint")
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 LINES = [f"line {n}: {n * n} is the square of {n}\n".encode() for n in range(120)]
 TEXT = data.Text("squares", tuple(b"".join(LINES[n : n + 5]) for n in range(0, 100, 5)), (b"".join(LINES[100:]),))
@@ -33,14 +34,6 @@ SETTINGS = training.Settings(
     recipe=models.Recipe(1e-2, (0.9, 0.99)),
     options=training.Options(),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(**changes: Any) -> Any:

@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load
 from simulated_gpu import Immediate
 
 pytest.importorskip("tqdm")
@@ -59,14 +60,19 @@ def test_reference_is_the_sum_that_defines_the_layer() -> None:
 def test_forms_differ_in_what_is_scanned(form: str, dtypes: set[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastwkv.nn import lru
 
-    scan, seen = lru.linear_scan, set()
+    seen = set()
 
-    def looking(a: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        seen.add(x.dtype)
-        return scan(a, x, *arguments, **options)
+    def look_at(module: Any, name: str) -> None:
+        scan = getattr(module, name)
 
-    monkeypatch.setattr(lru, "linear_scan", looking)
-    monkeypatch.setattr(forms, "linear_scan", looking)
+        def looking(a: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            seen.add(x.dtype)
+            return scan(a, x, *arguments, **options)
+
+        monkeypatch.setattr(module, name, looking)
+
+    look_at(lru, "linear_scan_within")
+    look_at(forms, "linear_scan")
     inputs = lru_run.draw(lru_run.Case(CASE.shape, "bfloat16"), seed=0)
     inputs.layer(forms.FORMS[form])(inputs.u)
     assert seen == dtypes
@@ -167,9 +173,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     draw = lru_layer.draw
 
     def stop(case: Any, seed: int) -> Any:
-        if case.dtype == "float32":
-            raise KeyboardInterrupt
-        return draw(case, seed)
+        return interrupt() if case.dtype == "float32" else draw(case, seed)
 
     monkeypatch.setattr(lru_layer, "draw", stop)
     status, rows = run(tmp_path, "--shapes", "2x40x6x10", "--providers", "fastwkv")
@@ -205,17 +209,12 @@ BAD = {
     "expected shapes like 8x4096x1024x1024 (B, T, H, N), got '8x0x1x1'": ["--shapes", "8x0x1x1"],
     "argument --dtypes: unknown dtype 'float64' (choose from float32, bfloat16, float16)": ["--dtypes", "float64"],
     "argument --providers: unknown provider 'loop' (choose from fastwkv, complex64, fft)": ["--providers", "loop"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "was measured on 'another machine'; choose another folder": ["--out", "other"],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("lru_layer"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("other").mkdir()
-    Path("other", "lru_layer.json").write_text(json.dumps({"device": {"name": "another machine"}}))
-    assert_refused(lru_layer, BAD[message], message, capsys)
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(lru_layer, BAD[message], message)

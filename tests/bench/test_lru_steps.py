@@ -1,48 +1,27 @@
 """The LRU paper's steps as an experiment: that a ring near the unit circle learns, and how the program behaves."""
 
-import importlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, bad_results, interrupt, load, run_script
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "lru_steps.py"
 CPU = torch.device("cpu")
 
 for package in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
 
-def load(name: str) -> ModuleType:
-    """Import a module of bench/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
-
-
 lru_steps, tasks, models, training = map(
     load, ("lru_steps", "lru_steps_tasks", "lru_steps_models", "lru_steps_training")
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS, COPY = tasks.TASKS["digits"], tasks.TASKS["copy-100"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(task: Any, model: str, steps: int, seed: int = 0) -> Any:
@@ -171,10 +150,8 @@ def test_rate_rises_then_falls_to_nothing() -> None:
 
 
 def test_command_line_writes_figure_and_record(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--steps", "6", "--seeds", "1", "--tasks", "digits"]
-    command += ["--out", str(tmp_path / "new")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    arguments = ["--steps", "6", "--seeds", "1", "--tasks", "digits", "--out", "new"]
+    done = run_script("lru_steps.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lru_steps.json", "lru_steps.png"]
     assert (tmp_path / "new" / "lru_steps.png").read_bytes().startswith(b"\x89PNG")
@@ -232,7 +209,7 @@ def test_interrupt_keeps_what_was_measured(
         def stop() -> None:
             tick()
             if one.model == "short" and next(ticks) == 7:
-                raise KeyboardInterrupt
+                interrupt()
 
         whole(one, device, steps, stop)
 
@@ -259,37 +236,16 @@ BAD = {
     "argument --seeds: expected a whole number of at least 1, got '0'": ["--seeds", "0"],
     "argument --steps: expected a whole number of at least 1, got 'many'": ["--steps", "many"],
     "argument --threads: expected a whole number of at least 1, got '-1'": ["--threads=-1"],
-    "unknown device 'abacus'": ["--device", "abacus"],
-    "there is no device 'cuda:99'": ["--device", "cuda:99"],
-    "cannot write into 'empty.txt/results': Not a directory": ["--out", "empty.txt/results"],
-    "was measured on 'another machine'; choose another folder": ["--out", "other"],
-    "is not a result of this program; choose another folder": ["--out", "broken"],
-    "unrecognized arguments: --fast": ["--fast"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("lru_steps"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").touch()
-    for folder, text in (("other", json.dumps({"device": {"name": "another machine"}})), ("broken", "{")):
-        Path(folder).mkdir()
-        Path(folder, "lru_steps.json").write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        lru_steps.main(BAD[message])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert message in printed.err
-    assert printed.err.startswith("lru_steps.py: ")
-    assert printed.err.count("\n") == 1
-    assert not printed.out
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(lru_steps, BAD[message], message)
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        lru_steps.main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{option} " in text for option in ("tasks", "seeds", "steps", "quick", "device", "threads", "out"))
+    assert_help_names(lru_steps, "tasks seeds steps quick device threads out", capsys)

@@ -4,12 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench_scripts import assert_refused, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
 
 PEERS = ("fastwkv", "hf", "loop", "reference")
 
@@ -166,11 +167,7 @@ def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatc
 
 
 def test_interrupt_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting(wkv_providers.Reference):
-        def step(self, *arguments):
-            raise KeyboardInterrupt
-
-    monkeypatch.setitem(WKV.providers, "reference", Interrupting())
+    monkeypatch.setattr(wkv_providers.Reference, "step", interrupt)
     status, rows = run(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,reference")
     assert status == 130
     assert list(rows) == [("forward", "fastwkv"), ("forward", "reference")]
@@ -194,32 +191,20 @@ BAD = {
     "nothing to measure: no operator of --ops has": ["--ops", "wkv", "--dtypes", "complex64"],
     "one of --dtypes and one of --providers": ["--ops", "linear_scan", "--providers", "hf"],
     "unknown pass 'sideways'": ["--passes", "sideways"],
-    "unknown device 'abacus' (choose from cpu, cuda, cuda:N)": ["--device", "abacus"],
-    "there is no device 'cuda:99' here": ["--device", "cuda:99"],
     "expected shapes like 4x1024x768, got '4x0x768'": ["--shapes", "1x1x1,4x0x768"],
     "expected shapes like 4x1024x768, got 'large'": ["--shapes", "large"],
-    "cannot write into 'file/results': Not a directory": ["--out", "file/results"],
-    "was measured on 'another chip'; choose another folder with --out": ["--device", "cpu", "--out", "taken"],
-    "is not a result of this program": ["--device", "cpu", "--out", "foreign"],
-    "unrecognized arguments: --fast": ["--fast"],
     "packed documents are a batch of one, got '2x8x5p'": ["--shapes", "2x8x5p"],
     "argument --minutes: expected a whole number of at least 1": ["--minutes", "0"],
-    "there is no wkv_op.cpp in 'taken'": ["--rwkv-cuda", "taken"],
+    "there is no wkv_op.cpp in 'other'": ["--rwkv-cuda", "other"],
+    **BAD_OPTION,
+    **BAD_DEVICE,
+    **bad_results("ops"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    contents = {"taken": '{"device": {"name": "another chip"}}', "foreign": "[]"}
-    for folder, text in contents.items():
-        Path(folder).mkdir()
-        Path(folder, "ops.json").write_text(text)
-    assert_refused(ops, BAD[message], message, capsys)
-    assert {folder: Path(folder, "ops.json").read_text() for folder in contents} == contents
+def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
+    refused(ops, BAD[message], message)
 
 
 def test_tasks_take_turns_and_first_runs_do_not_count() -> None:

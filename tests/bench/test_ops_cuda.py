@@ -2,22 +2,14 @@
 
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from bench_scripts import load, measured
 from simulated_gpu import CPU, Simulated
 
 timing, cuda_timing, passes, operators = map(load, ("ops_timing", "ops_cuda", "ops_passes", "operators"))
 EFFORT = timing.Effort(repeats=5, seconds=1e-3, turn=1e-3)
-
-
-def measured(task: Any) -> dict[str, Any]:
-    _, task.first = task.run()
-    timing.measure([task], EFFORT, lambda: None)
-    assert task.failure is None
-    return task.figures()
 
 
 def test_launches_on_the_host_are_not_device_time() -> None:
@@ -27,7 +19,7 @@ def test_launches_on_the_host_are_not_device_time() -> None:
         for _ in range(5):
             simulated.launch(kernel=20e-6, host=30e-6)
 
-    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated))
+    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated), EFFORT)
     assert figures["ms"] == pytest.approx(0.1, rel=1e-6)
     assert figures["quantiles"]["0.9"] == pytest.approx(0.1, rel=1e-6)
     assert figures["ms_host"] == pytest.approx(0.15, rel=1e-6)
@@ -43,7 +35,7 @@ def test_group_that_was_queued_too_late_does_not_count() -> None:
         together = len(calls) > 1 and calls[-1] - calls[-2] < 1e-3 and simulated.free > simulated.clock
         simulated.launch(kernel=10e-6, host=130e-6 if together else 30e-6)  # slower than by itself
 
-    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated))
+    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated), EFFORT)
     assert figures["head_start"] is True
     assert figures["ms"] == pytest.approx(0.01, rel=1e-6)
     assert figures["ms_min"] == pytest.approx(0.01, rel=1e-6)
@@ -57,7 +49,7 @@ def test_call_that_waits_for_the_device_has_no_head_start() -> None:
         simulated.launch(kernel=10e-6, host=30e-6)
         simulated.synchronize()
 
-    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated))
+    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated), EFFORT)
     assert figures["head_start"] is False
     assert figures["ms"] == pytest.approx(0.04, rel=1e-2)
     assert len(simulated.slept) == cuda_timing.TRIES
@@ -66,7 +58,7 @@ def test_call_that_waits_for_the_device_has_no_head_start() -> None:
 def test_call_that_queues_for_long_is_not_tried_with_a_head_start() -> None:
     simulated = Simulated()
     task = cuda_timing.CudaTask(lambda _: simulated.launch(1e-6, 8e-3), CPU, cuda=simulated)
-    figures = measured(task)
+    figures = measured(task, EFFORT)
     assert figures["head_start"] is False
     assert figures["repeats"] >= EFFORT.repeats
     assert not simulated.slept
@@ -81,7 +73,7 @@ def test_calls_that_would_fill_the_queue_are_fewer_in_a_group() -> None:
         if simulated.queued > most / 1e-3:  # the host waits
             simulated.synchronize()
 
-    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated))
+    figures = measured(cuda_timing.CudaTask(call, CPU, cuda=simulated), EFFORT)
     assert figures["head_start"] is True
     assert figures["ms"] == pytest.approx(0.01, rel=1e-6)
 
@@ -154,7 +146,7 @@ def test_no_more_graphs_are_prepared_than_there_are_copies() -> None:
         alive[0] -= 1
         simulated.launch(kernel=1e-6, host=1e-6)
 
-    measured(cuda_timing.CudaTask(call, CPU, cuda=simulated, prepare=prepare, copies=4, holds=True))
+    measured(cuda_timing.CudaTask(call, CPU, cuda=simulated, prepare=prepare, copies=4, holds=True), EFFORT)
     assert max(most) == 4
 
 
@@ -167,7 +159,7 @@ def test_peak_is_that_of_the_call_alone() -> None:
         simulated.launch(1e-6, 1e-6)
 
     task = cuda_timing.CudaTask(call, CPU, cuda=simulated, prepare=lambda _: simulated.allocate(5000))
-    assert measured(task)["peak_bytes"] == 300
+    assert measured(task, EFFORT)["peak_bytes"] == 300
 
 
 @pytest.mark.parametrize(("which", "cache", "copies"), [("forward", 10, 1), ("forward", 2000, 5), ("step", 2000, 16)])

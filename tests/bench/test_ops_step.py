@@ -5,19 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from bench_scripts import load, measured
 from simulated_gpu import CPU, Simulated
 from torch.utils._pytree import tree_leaves
 
 timing, cuda_timing, passes, operators = map(load, ("ops_timing", "ops_cuda", "ops_passes", "operators"))
 EFFORT = timing.Effort(repeats=5, seconds=1e-3, turn=1e-3)
-
-
-def measured(task: Any) -> dict[str, Any]:
-    _, task.first = task.run()
-    timing.measure([task], EFFORT, lambda: None)
-    assert task.failure is None
-    return task.figures()
 
 
 def test_step_in_a_graph_waits_for_no_launch() -> None:
@@ -30,7 +23,7 @@ def test_step_in_a_graph_waits_for_no_launch() -> None:
     task = cuda_timing.StepTask(
         step, CPU, cuda=simulated, make=lambda: torch.zeros(3), following=lambda made, result: result
     )
-    figures = measured(task)
+    figures = measured(task, EFFORT)
     assert figures["ms_graph"] == pytest.approx(2e-3, rel=1e-3)
     assert figures["ms_host"] == pytest.approx(30e-3, rel=1e-3)
     assert task.seconds
@@ -54,7 +47,7 @@ def test_our_step_is_recorded_with_its_state_carried(name: str, dtype: torch.dty
     operator, simulated = operators.OPERATORS[name], Simulated()
     inputs = operator.draw("ordinary", (2, 4, 5), dtype, 0)
     task = launching(passes.cuda_task(operator, operator.providers["fastwkv"], "step", inputs, simulated))
-    measured(task)
+    measured(task, EFFORT)
     made = task.make()
     first = result = task.call(made)
     for _ in range(cuda_timing.STEPS - 1):
@@ -68,7 +61,7 @@ def test_steps_of_peers_are_not_recorded() -> None:
     operator = operators.OPERATORS["wkv"]
     inputs = operator.draw("ordinary", (2, 4, 5), torch.float32, 0)
     task = launching(passes.cuda_task(operator, operator.providers["loop"], "step", inputs, Simulated()))
-    assert "ms_graph" not in measured(task)
+    assert "ms_graph" not in measured(task, EFFORT)
 
 
 @pytest.mark.parametrize(

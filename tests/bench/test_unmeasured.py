@@ -11,7 +11,7 @@ command_line, unmeasured = map(load, ("command_line", "unmeasured"))
 
 def parser():
     made = command_line.Parser(prog="some.py")
-    unmeasured.add_out(made)
+    command_line.add_out(made)
     return made
 
 
