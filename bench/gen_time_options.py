@@ -5,8 +5,10 @@ import importlib.util
 from pathlib import Path
 
 import gen_time_models as models
+import result_file
 import torch
-from command_line import DTYPES, Parser, add_device, add_out, check_writable, device, names, positive
+from about import about_device
+from command_line import DTYPES, Parser, add_device, add_out, device, names, positive
 
 PROMPT = "Alice was beginning to get very tired of sitting by her sister on the bank"
 PROTOCOLS = ("recompute", "kv-cache")
@@ -77,7 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.text = _prompt(args.prompt, parser)
     if set(args.models) & set(models.TRANSFORMERS) and not importlib.util.find_spec("transformers"):
         parser.error("transformers is not installed; pip install -e '.[bench]', or run with --models rwkv4")
-    check_writable(args.out, parser)
+    result_file.check(args.out / "gen_time.json", about_device(args.device), parser)
     return args
 
 

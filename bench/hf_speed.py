@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(args)
     status = program.run_and_save(run.run, run.save)
     print(f"\n{table(run.rows)}\n\nwrote {args.out / 'hf_speed.json'}")
+    program.complain_of_other_work("hf_speed.py", run.rows, args.device)
     bad = [row for row in run.rows if row["error"] is not None and not row["error"] <= WRONG]
     for row in bad:
         print(f"hf_speed.py: {row['pass']}: wrong, error {row['error']:.1e} > {WRONG:.0e}", file=sys.stderr)

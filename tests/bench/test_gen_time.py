@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, environment, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, environment, load, run_script
 
 SCRIPT = ROOT / "bench" / "gen_time.py"
 
@@ -199,6 +199,7 @@ BAD = {
     "argument --minutes: expected a whole number of at least 1, got '0'": ["--minutes", "0"],
     **BAD_OPTION,
     **BAD_DEVICE,
+    **bad_results("gen_time"),
 }
 
 
