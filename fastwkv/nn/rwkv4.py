@@ -4,8 +4,9 @@ Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, sect
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ class RWKV4(nn.Module):
         """Set every parameter to its value at the start of training."""
         self._reset_ends()
         self.ln_out.reset_parameters()
-        for block in self.blocks:
-            block.reset_parameters()  # type: ignore[operator]
+        for block in cast("Iterable[RWKV4Block]", self.blocks):
+            block.reset_parameters()
 
     @torch.no_grad()
     def _reset_ends(self) -> None:
@@ -181,8 +182,8 @@ class RWKV4(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RWKV4State]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-        return block(*inputs)  # type: ignore[no-any-return]
+            return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def check_inputs(self, tokens: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None) -> None:
         """Raise what :meth:`forward` raises, without running it."""

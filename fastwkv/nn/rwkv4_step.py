@@ -52,7 +52,7 @@ def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
     x: Tensor = model.embeddings(tokens)
     for block, w, block_state in zip(blocks, rates, state.unbind(), strict=True):
         x = _block(block, x, w, block_state)
-    return model.ln_out(x)  # type: ignore[no-any-return]
+    return model.ln_out(x)
 
 
 def _block(block: RWKV4Block, x: Tensor, w: Tensor, state: RWKV4State) -> Tensor:

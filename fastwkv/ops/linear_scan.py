@@ -192,7 +192,7 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     if state_dtype.is_complex:
         a, log = (a.exp() if log else a).to(state_dtype), False
         x_t = x_t if x_t.dim() == 3 else x_t.to(state_dtype)
-    return torch.ops.fastwkv.linear_scan_step(plain(a), plain(x_t), plain(state), log)  # type: ignore[no-any-return]
+    return torch.ops.fastwkv.linear_scan_step(plain(a), plain(x_t), plain(state), log)
 
 
 class LinearScan(torch.autograd.Function):
@@ -206,7 +206,7 @@ class LinearScan(torch.autograd.Function):
         a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool, within: bool
     ) -> tuple[Tensor, Tensor]:
         """Compute h and the final state."""
-        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)  # type: ignore[no-any-return]
+        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """WKV: the public function, its autograd and its registration."""
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -102,7 +103,8 @@ def wkv(
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
     if differentiated(inputs):
-        y, final, _ = WKV.apply(w, u, k, v, packed, cu_seqlens)  # type: ignore[no-untyped-call]
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = WKV.apply
+        y, final, _ = apply(w, u, k, v, packed, cu_seqlens)
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
@@ -146,7 +148,7 @@ class WKV(torch.autograd.Function):
         w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute y, the final state and the checkpoints that the backward pass starts from."""
-        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True)  # type: ignore[no-any-return]
+        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -163,9 +165,8 @@ class WKV(torch.autograd.Function):
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        adjoint = _Adjoint.apply if differentiated_again() else torch.ops.fastwkv.wkv_bwd
-        results = adjoint(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)  # type: ignore[no-untyped-call]
-        gw, gu, gk, gv, ginitial = results
+        adjoint: Callable[..., Any] = _Adjoint.apply if differentiated_again() else torch.ops.fastwkv.wkv_bwd
+        gw, gu, gk, gv, ginitial = adjoint(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
 
 
@@ -174,7 +175,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.ops.fastwkv.wkv_bwd(*inputs)  # type: ignore[no-any-return]
+        return torch.ops.fastwkv.wkv_bwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

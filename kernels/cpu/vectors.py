@@ -25,7 +25,7 @@ VECTOR_BYTES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32
 HAS_FLOAT16 = platform.machine() not in ("x86_64", "AMD64") or bool(llvm.get_host_cpu_features().get("f16c"))
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """``VECTOR_BYTES`` of float32 or float64."""
 
     def __init__(self, element: types.Float) -> None:
@@ -38,7 +38,7 @@ class Vector(types.Type):  # type: ignore[misc]
         return ir.VectorType(ir.FloatType() if self.element == types.float32 else ir.DoubleType(), self.lanes)
 
 
-class Mask(types.Type):  # type: ignore[misc]
+class Mask(types.Type):
     """One truth value for each lane of a vector."""
 
     def __init__(self, lanes: int) -> None:
@@ -52,7 +52,7 @@ class Mask(types.Type):  # type: ignore[misc]
 
 @register_model(Vector)
 @register_model(Mask)
-class _RegisterModel(models.PrimitiveModel):  # type: ignore[misc]
+class _RegisterModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector | Mask) -> None:
         super().__init__(manager, kind, kind.llvm())
 
@@ -79,7 +79,7 @@ def _define(op: Any, emit: Any, comparison: bool = False) -> None:
     """Let ``op`` work on vectors; ``emit(builder, a, b)`` writes the instruction."""
 
     @infer_global(op)
-    class _Typing(AbstractTemplate):  # type: ignore[misc]
+    class _Typing(AbstractTemplate):
         def generic(self, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
             vector = vector_of(args)
             if vector is None:
@@ -106,7 +106,7 @@ _define(operator.eq, lambda builder, a, b: builder.fcmp_ordered("==", a, b), com
 
 
 @infer_global(operator.neg)
-class _Negation(AbstractTemplate):  # type: ignore[misc]
+class _Negation(AbstractTemplate):
     def generic(self, args: tuple[types.Type, ...], kws: dict[str, types.Type]) -> Any:
         return signature(args[0], *args) if isinstance(args[0], Vector) else None
 

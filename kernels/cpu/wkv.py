@@ -116,9 +116,11 @@ def wkv_fwd(
     dtype = accumulation_dtype(w, u, k, v)
     B, T, C = k.shape
     if not fits(k, dtype):
-        y, final, checkpoints = wkv_fwd(*fitted(dtype, w, u, k, v, initial, cu_seqlens), save)  # type: ignore[call-arg]
+        given = v.dtype
+        w, u, k, v, initial, cu_seqlens = fitted(dtype, w, u, k, v, initial, cu_seqlens)
+        y, final, checkpoints = wkv_fwd(w, u, k, v, initial, cu_seqlens, save)
         y, final, checkpoints = (t[..., :C].contiguous() for t in (y, final, checkpoints))
-        return y.to(v.dtype), final, checkpoints
+        return y.to(given), final, checkpoints
     bounds = sequence_bounds(T, cu_seqlens)
     N = B * (len(bounds) - 1)
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
