@@ -5,6 +5,9 @@ Rounded at |p| = 60 that loses 2e-6 a step, 1e-3 in 8192 tokens of a small w, an
 rounds there, always the same way. So the state is kept at a scale near e^0, where float32 resolves p to 1e-10: any
 scale will do, since only num e^p and den e^p mean anything. A token heavier than the past is added to it as
 E = e^{k - p}, up to e^64, and num and den change only by what the tokens bring.
+
+Moved at every token, a state would be off by the rounding of the same factor every time: what e^p as a float32 is off
+by stays in p, which has the digits for it.
 """
 
 import torch
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import two_sum
+from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, two_sum
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, weightless
 
@@ -25,11 +28,22 @@ SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
+def _exp(x):
+    """Return e^x of an x up to 64. A GPU's own exponential rounds x log2 e, and at 60 is 2e-6 off."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        n = tl.floor(x * LOG2_E + 0.5)
+        r = tl.fma(-n, 1.4286068203094173e-06, tl.fma(-n, 0.693145751953125, x))  # ln 2, its first digits apart
+        return tl.where(x < -87, 0.0, tl.exp2(n) * tl.exp2(r * LOG2_E))
+
+
+@triton.jit
 def _add(num, den, d, d_low, v):
     """Add a token to the past, d + d_low heavier than it. Returns the sums and whether the past keeps its scale."""
     near = (d >= 0) | ((d >= -REACH) & (tl.abs(v) < MODERATE))
     d = tl.where(near, -d, d)
-    e = tl.exp(d)
+    e = _exp(d)
     d_low = tl.where(tl.abs(d_low) < 1, d_low, 0.0)  # NaN where infinities met
     e = tl.fma(e, tl.where(near, -d_low, d_low), e)
     past = tl.where(near, 1.0, e)
@@ -80,15 +94,14 @@ def _wkv_step_kernel(
     num, den, near = _add(num, den, d, gap_low + d_low, v)
     aged, error = two_sum(p, -w)
     p = tl.where(near, aged, k)
-    fold = tl.where(near & (tl.abs(error) < 1), tl.exp(error), 1.0)
-    num *= fold
-    den *= fold
+    error = tl.where(near & (tl.abs(error) < 1), error, 0.0)
 
-    shift = tl.where((tl.abs(p) > FINE) & (tl.abs(p) < REACH), p, 0.0)
-    factor = tl.exp(shift)
-    moves = (den * factor < LARGEST) & (den * factor > SMALLEST) & (tl.abs(num * factor) < LARGEST)
-    factor = tl.where(moves, factor, 1.0)
-    p = tl.where(moves, p - shift, p)
+    coarse = tl.abs(p) > FINE
+    shift = tl.where(coarse & (tl.abs(p) < REACH), p, 0.0)
+    factor, low = exp_sum(shift)
+    moves = (den * factor < LARGEST) & (den * factor > SMALLEST) & (tl.abs(num * factor) < LARGEST) & (shift != 0)
+    factor = tl.where(moves, factor, tl.where(coarse, tl.exp(error), 1.0))
+    p = tl.where(moves, low / factor + error, p)
     p = tl.where(den == den, p, 0.0)  # after a NaN it may be anything, and -inf would be an empty state
     gone = p <= 0.9 * NO_PAST
     tl.store(num_out_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)

@@ -85,9 +85,11 @@ def test_empty_states_of_other_packages_are_empty(implementation, exponent):
     torch.testing.assert_close(y_0, y[:, 0], rtol=0, atol=0)
 
 
-def test_unused_state_is_empty(implementation):
+@pytest.mark.parametrize("rate", [1.0, -3e38])
+def test_unused_state_is_empty(implementation, rate):
     case = make_case(0, 2, 6, 3, state=False)
-    _, final = values(replace(case, k=torch.full_like(case.k, -torch.inf)), implementation)
+    case = replace(case, w=torch.full_like(case.w, rate), k=torch.full_like(case.k, -torch.inf))
+    _, final = values(case, implementation)
     assert (final.num == 0).all()
     assert (final.den == 0).all()
     assert (final.max == -torch.inf).all()
