@@ -68,18 +68,6 @@ def test_memory_beside_packed_tensors_is_neither_read_nor_written(implementation
     assert_keeps_to_its_memory(implementation, case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_step_keeps_to_its_memory(implementation, dtype):
-    case = make_case(0, 3, 1, 43, dtype=dtype)
-    a, x, state, _ = (t if t is None else t.detach() for t in case.arguments(implementation.device))
-    inputs = [t.contiguous() for t in (a[:, 0], x[:, 0], state)]
-    step = implementation.launcher("linear_scan_step")
-    with GuardedMemory() as memory:
-        result = step(*(memory.guarded(t) for t in inputs), False)
-        memory.check()
-    torch.testing.assert_close(result, step(*inputs, False), rtol=0, atol=0)
-
-
 @settings(max_examples=12)
 @given(case=cases(max_tokens=50, dtypes=EXACT), blocks=st.integers(1, 2), block_c=st.sampled_from((16, 32)))
 def test_chunks_along_time_change_nothing(case, blocks, block_c):

@@ -1,9 +1,11 @@
-"""One token of the linear scan on a GPU, in thousands of channels: what a step loses, thousands would add up."""
+"""One token of the linear scan: what a step loses, thousands would add up."""
 
 import numpy as np
 import pytest
 import torch
+from guarded import GuardedMemory
 from implementations import Implementation
+from scan_cases import DTYPES, make_case
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,3 +48,15 @@ def test_part_that_overflows_is_infinite_and_the_other_as_ever(part):
     h = torch.view_as_real(step(torch.ones(3, dtype=torch.complex64), x, x))
     assert (h[..., part] == torch.inf).all()
     assert (h[..., 1 - part] == 2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_keeps_to_its_memory(implementation, dtype):
+    case = make_case(0, 3, 1, 43, dtype=dtype)
+    a, x, state, _ = (t if t is None else t.detach() for t in case.arguments(implementation.device))
+    inputs = [t.contiguous() for t in (a[:, 0], x[:, 0], state)]
+    step = implementation.launcher("linear_scan_step")
+    with GuardedMemory() as memory:
+        result = step(*(memory.guarded(t) for t in inputs), False)
+        memory.check()
+    torch.testing.assert_close(result, step(*inputs, False), rtol=0, atol=0)
