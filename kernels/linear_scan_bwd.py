@@ -206,7 +206,10 @@ def linear_scan_bwd_(
     gfinal: Tensor | None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward pass and write gx over gh: no token is read after it has been written."""
+    """Run the backward pass and write gx over gh, which is contiguous: no token is read after it has been written.
+
+    A program reads a tile of gh once, asks ahead for others alone, and is one warp, no lane of which copies another.
+    """
     return _run(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gh, launch)
 
 

@@ -2,7 +2,8 @@
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.generate import generate
-from fastwkv.nn.lru import LRU, LRUBlock
+from fastwkv.nn.lru import LRU
+from fastwkv.nn.lru_block import LRUBlock
 from fastwkv.nn.mingru import MinGRU
 from fastwkv.nn.param_groups import param_groups
 from fastwkv.nn.rglru import RGLRU

@@ -38,8 +38,8 @@ def generate(
 
     On a GPU the second token is also recorded, all layers and the draw, in a CUDA graph of this call's own, and every
     later one is a single launch of it: the same tokens, without the time that a host takes to start each kernel.
-    Between tokens the weights may be changed in place, but not replaced, moved or converted; hooks and contexts that
-    come later are not seen. Nothing here waits for the device, with a graph or without.
+    Between tokens the weights may be changed in place, but not replaced, moved or converted; hooks, contexts and
+    ``model.train()`` that come later are not seen. Nothing here waits for the device, with a graph or without.
 
     Args:
         model: an :class:`~fastwkv.nn.RWKV4`.

@@ -1,10 +1,10 @@
-"""The linear recurrent unit and its block.
+"""The linear recurrent unit.
 
 Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from fastwkv.nn.recurrence import (
     complex_dtype,
     compute_dtypes,
     least_decay,
+    rounded_by_autocast,
 )
-from fastwkv.ops.linear_scan import linear_scan_step, linear_scan_within
+from fastwkv.ops.derivatives import in_forward_mode
+from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
+from fastwkv.ops.linear_scan_products import scan_between_products
 
 
 class LRU(nn.Module):
@@ -138,8 +141,15 @@ class LRU(nn.Module):
         self._check_one_direction(state is not None or return_state)
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
         skip = self._skip(u)  # first: the backward pass, which keeps its gradient of u, then comes to it last
-        h, final = self._scan(u, state, cu_seqlens)
-        y = self._read(h, skip).to(u.dtype)
+        if self.bidirectional or torch.compiler.is_compiling() or in_forward_mode() or not torch.is_grad_enabled():
+            h, final = self._scan(u, state, cu_seqlens)
+            y = self._read(h, skip)
+        else:
+            dtype = rounded_by_autocast(u, skip.dtype)
+            into, out = self._into(u).to(dtype), self._out(dtype)
+            y, final = scan_between_products(u.to(dtype), into, self._multiplier(u), out, state, cu_seqlens)
+            y = y.to(skip.dtype).add_(skip)
+        y = y.to(u.dtype)
         return (y, final) if return_state else y
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -180,21 +190,29 @@ class LRU(nn.Module):
         theta_log = self.theta_log.double().clamp(max=-math.log(info.eps))
         return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp()).to(complex_dtype(dtype))
 
+    def _into(self, u: Tensor) -> Tensor:
+        """Return exp(γ_log) ⊙ B, real and imaginary part of a row in turns."""
+        _, dtype = compute_dtypes(u, self.D)
+        weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
+        return weight.flatten(0, 1)
+
+    def _out(self, dtype: torch.dtype) -> Tensor:
+        """Return C as what is multiplied with parts in turns to have Re(C h)."""
+        return torch.stack((self.C_re, -self.C_im), 2).flatten(1).to(dtype)
+
     def _project(self, u: Tensor) -> Tensor:
         """Return exp(γ_log) ⊙ (B u) as pairs of real and imaginary part, by one real product."""
-        products, dtype = compute_dtypes(u, self.D)
-        weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
-        x = F.linear(u.to(products), weight.flatten(0, 1).to(products))
+        products, _ = compute_dtypes(u, self.D)
+        x = F.linear(u.to(products), self._into(u).to(products))
         return x.view(*u.shape[:-1], self.state, 2)
 
     def _scan(self, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         a = self._multiplier(u)
         if not self.bidirectional:  # nothing here holds B u, which is as large as h
-            return linear_scan_within(a, self._project(u), state, cu_seqlens=cu_seqlens)
+            return linear_scan(a, self._project(u), state, return_state=True, cu_seqlens=cu_seqlens)
         x = self._project(u)
-        ahead, final = linear_scan_within(a, x, cu_seqlens=cu_seqlens)
-        back, _ = linear_scan_within(a, x, reverse=True, cu_seqlens=cu_seqlens)
-        return torch.cat((ahead, back), 2), final
+        h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
+        return torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2), final
 
     def _skip(self, u: Tensor) -> Tensor:
         products, _ = compute_dtypes(u, self.D)
@@ -202,87 +220,10 @@ class LRU(nn.Module):
 
     def _read(self, h: Tensor, skip: Tensor) -> Tensor:
         """Return Re(C h) + skip for an h of pairs, by one real product."""
-        weight = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
         # Under autocast h has 16 bits already: made wider it would be rounded again, and kept twice.
         h = h.flatten(-2) if h.dtype.itemsize == 2 else h.flatten(-2).to(skip.dtype)
-        y = F.linear(h, weight.to(skip.dtype))
-        return y.to(skip.dtype).add_(skip)
+        return F.linear(h, self._out(skip.dtype)).to(skip.dtype).add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
             raise ValueError("a bidirectional layer reads the text from both ends: it has no state and no step")
-
-
-class LRUBlock(nn.Module):
-    """One residual block of a deep LRU network.
-
-    ::
-
-        y = x + drop(GLU(drop(gelu(LRU(norm(x))))))
-
-    with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states and steps are those
-    of :class:`LRU`. With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all texts
-    while training, so that only in ``eval()`` a token depends on nothing but the tokens before it.
-
-    Args:
-        hidden: H, the channels of x and y.
-        state: N, the channels of the state.
-        r_min, r_max, max_phase: as for :class:`LRU`.
-        dropout: the probability of both dropouts.
-        norm: "batch", as in the paper, or "layer".
-        bidirectional: as for :class:`LRU`.
-
-    Source: arXiv 2303.06349, figure 1 and its appendix on the experiments.
-
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        state: int,
-        r_min: float = 0.0,
-        r_max: float = 1.0,
-        max_phase: float = 2 * math.pi,
-        dropout: float = 0.0,
-        norm: Literal["batch", "layer"] = "batch",
-        bidirectional: bool = False,
-    ) -> None:
-        super().__init__()
-        if norm not in ("batch", "layer"):
-            raise ValueError(f'norm must be "batch" or "layer", got {norm!r}')
-        self.lru = LRU(hidden, state, r_min, r_max, max_phase, bidirectional)
-        self.norm: nn.BatchNorm1d | nn.LayerNorm = nn.BatchNorm1d(hidden) if norm == "batch" else nn.LayerNorm(hidden)
-        self.gate = nn.Linear(hidden, 2 * hidden)
-        self.dropout = nn.Dropout(dropout)
-
-    def reset_parameters(self) -> None:
-        """Set every parameter to its value at the start of training."""
-        self.lru.reset_parameters()
-        self.norm.reset_parameters()
-        self.gate.reset_parameters()
-
-    def forward(
-        self,
-        x: Tensor,
-        state: Tensor | None = None,
-        *,
-        return_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
-        check_tokens("B T H", self.lru.hidden, x=x)
-        u = self.norm(x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
-        y = self.lru(u, state, return_state=return_state, cu_seqlens=cu_seqlens)
-        if not return_state:
-            return self._residual(x, y)
-        y, final = y
-        return self._residual(x, y), final
-
-    def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take one token; arguments, results and errors are those of :meth:`LRU.step`."""
-        check_tokens("B H", self.lru.hidden, x_t=x_t)
-        y, state = self.lru.step(self.norm(x_t), state)
-        return self._residual(x_t, y), state
-
-    def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, self.dropout(F.glu(self.gate(self.dropout(F.gelu(y))))))

@@ -166,7 +166,7 @@ class RWKV4(nn.Module):
         :meth:`features`, if its modules are as they were built and have no hooks; results may be rounded otherwise.
         """
         with torch.no_grad():
-            if type(self) is RWKV4 and rwkv4_step.stands_for(self, state):
+            if type(self) is RWKV4 and rwkv4_step.stands_for(self, tokens, state):
                 return rwkv4_step.run(self, tokens, state)
             return self._read(tokens, state, out=state)[0]
 

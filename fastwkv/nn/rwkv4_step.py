@@ -4,7 +4,7 @@ A block of rwkv4_layers.py is about 25 operations a token, here it is 12: sums, 
 residuals are added by the products, and states change where they are.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,39 @@ if TYPE_CHECKING:
 _KNOWN = {RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
 
 
-def stands_for(model: "RWKV4", state: RWKV4State) -> bool:
+def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
     """Whether :func:`run` does on a GPU what the blocks of ``model`` would do: whether they are as they were built.
 
-    Hooks would not be called, and what adapters, quantisation or parametrisations put in the place of a module would
-    not either. Autocast would be passed by. On a CPU, where the products take nearly all of the time, blocks are as
-    good.
+    Hooks would not be called, and what adapters, quantisation or parametrisations put in the place of a module or of a
+    parameter would not either. Autocast would be passed by. What the blocks refuse is left to them. On a CPU, where the
+    products take nearly all of the time, they are as good.
     """
     if not state.att_x.is_cuda or torch.is_autocast_enabled("cuda"):
         return False
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    if not all(t.is_contiguous() for t in (state.att_x, state.ffn_x, *state.wkv)):
+    shape = (model.config.layers, tokens.shape[0], model.config.width)
+    if not all(t.shape == shape and t.is_contiguous() for t in (state.att_x, state.ffn_x, *state.wkv)):
         return False
-    return all(_is_plain(module) for module in model.modules() if module is not model)
+    return all(_is_plain(module, shape[-1:]) for module in model.modules() if module is not model)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module, channels: tuple[int, ...]) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks
     changed = module._compiled_call_impl is not None or "forward" in module.__dict__
-    return type(module) in _KNOWN and not hooked and not changed
+    if type(module) not in _KNOWN or hooked or changed:
+        return False
+    parameters = module._parameters.values()
+    if isinstance(module, nn.Linear):
+        weight, *others = parameters
+        return _is_tensor(weight) and others == [None]
+    if isinstance(module, (nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix)):
+        return all(_is_tensor(p) and p.shape == channels for p in parameters)
+    return all(map(_is_tensor, parameters))
+
+
+def _is_tensor(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    return type(parameter) in (Tensor, nn.Parameter)  # others have products of their own
 
 
 def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:

@@ -19,3 +19,9 @@ def in_forward_mode() -> bool:
 def differentiated_again() -> bool:
     """Within a backward pass: whether somebody is going to differentiate its result."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def batched(t: Tensor) -> bool:
+    """Whether a tensor stands for many, as vmap makes them: those that are written to need rules of their own."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)

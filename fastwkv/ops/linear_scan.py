@@ -94,34 +94,6 @@ def linear_scan(
     Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, section 3.2.
 
     """
-    h, final = _linear_scan(a, x, initial_state, log_a, reverse, cu_seqlens, within=False)
-    return (h, final) if return_state else h
-
-
-def linear_scan_within(
-    a: Tensor,
-    x: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`linear_scan` for a layer that hands h to nobody, and whose gradient of h nobody else sees either.
-
-    In the backward pass the gradient of x is then written over that of h: one tensor of the size of h less.
-    """
-    return _linear_scan(a, x, initial_state, None, reverse, cu_seqlens, within=True)
-
-
-def _linear_scan(
-    a: Tensor | None,
-    x: Tensor,
-    initial_state: Tensor | None,
-    log_a: Tensor | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    within: bool,
-) -> tuple[Tensor, Tensor]:
     name, a, log = _multiplier("a", a, log_a)
     checks.check_floating_or_complex(**{name: a}, x=x)
     pairs = checks.are_pairs("B T C", name, a, x=x)
@@ -148,12 +120,12 @@ def _linear_scan(
     inputs = [a, x] if initial is None else [a, x, initial]
     if differentiated(inputs):
         scan: Callable[..., tuple[Tensor, Tensor]] = (_DualLinearScan if in_forward_mode() else LinearScan).apply
-        h, final = scan(a, x, initial, cu_seqlens, log, reverse, within)
+        h, final = scan(a, x, initial, cu_seqlens, log, reverse)
     else:
         h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
     if pairs and h.is_complex():
         h = torch.view_as_real(h).to(given)
-    return h, final
+    return (h, final) if return_state else h
 
 
 def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: Tensor | None = None) -> Tensor:
@@ -203,7 +175,7 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool, within: bool
+        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """Compute h and the final state."""
         return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
@@ -211,7 +183,7 @@ class LinearScan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep a, the initial state and h, nothing else."""
-        a, x, initial, cu_seqlens, ctx.log, ctx.reverse, ctx.within = inputs
+        a, x, initial, cu_seqlens, ctx.log, ctx.reverse = inputs
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, initial, cu_seqlens, output[0])
@@ -225,14 +197,11 @@ class LinearScan(torch.autograd.Function):
         if differentiated_again():
             composed = Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
             ga, gx, ginitial = composed.backward(gh, gfinal)
-            return ga, gx.to(ctx.dtype), ginitial, None, None, None, None
-        given = a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal
-        if ctx.within and gh.dtype == ctx.dtype and not torch.compiler.is_compiling():  # compilers reuse memory anyway
-            ga, ginitial = torch.ops.fastwkv.linear_scan_bwd_(*given)
-            gx = gh
-        else:
-            ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*given, ctx.dtype)
-        return ga, gx, None if initial is None else ginitial, None, None, None, None
+            return ga, gx.to(ctx.dtype), ginitial, None, None, None
+        ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
+            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype
+        )
+        return ga, gx, None if initial is None else ginitial, None, None, None
 
 
 class _DualLinearScan(LinearScan):

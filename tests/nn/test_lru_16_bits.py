@@ -1,6 +1,5 @@
 """The LRU in 16 bits: between its products B u and h are pairs of 16 bits, and nothing but their rounding shows."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from implementations import Implementation
 from scan_cases import ORDINARY
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastwkv.nn import LRU, LRUBlock, lru
@@ -38,12 +38,25 @@ def setting(name: str, dtype: torch.dtype, autocast: bool, length: int = T) -> t
     return layer, x, context
 
 
-def in_complex64(scan: Callable[..., Any], a: Tensor, x: Tensor, *args: Any, **options: Any) -> Any:
-    """Scan as the LRU would without pairs: x widened to complex64, h as wide."""
-    assert x.dtype.itemsize == 2
-    results = scan(a, torch.view_as_complex(x.float()), *args, **options)
-    h, *final = results if isinstance(results, tuple) else (results,)
-    return (torch.view_as_real(h), *final) if final else torch.view_as_real(h)
+def use_complex64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the LRU scan as it would without pairs: x widened to complex64, h as wide."""
+    scan = lru.linear_scan
+
+    def wide(a: Tensor, x: Tensor, *args: Any, **options: Any) -> Any:
+        assert x.dtype.itemsize == 2
+        results = scan(a, torch.view_as_complex(x.float()), *args, **options)
+        h, *final = results if isinstance(results, tuple) else (results,)
+        return (torch.view_as_real(h), *final) if final else torch.view_as_real(h)
+
+    def between(
+        u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Any, cu_seqlens: Any
+    ) -> tuple[Tensor, Tensor]:
+        x = F.linear(u, into).unflatten(-1, (-1, 2))
+        h, final = wide(a, x, initial, return_state=True, cu_seqlens=cu_seqlens)
+        return F.linear(h.flatten(-2).to(out.dtype), out), final
+
+    monkeypatch.setattr(lru, "linear_scan", wide)
+    monkeypatch.setattr(lru, "scan_between_products", between)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -68,8 +81,8 @@ def test_numbers_are_those_of_a_complex64_scan(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     layer, x, context = setting(name, dtype, autocast)
-    found, scan = results(layer, x, context), lru.linear_scan_within
-    monkeypatch.setattr(lru, "linear_scan_within", lambda *args, **options: in_complex64(scan, *args, **options))
+    found = results(layer, x, context)
+    use_complex64(monkeypatch)
     for part, wanted in results(layer, x, context).items():
         assert found[part].dtype == wanted.dtype
         assert distance(found[part], wanted) <= ORDINARY[dtype][0], part
@@ -96,17 +109,23 @@ def test_gamma_and_b_are_rounded_once_together(dtype: torch.dtype) -> None:
     assert ((found - exact).abs() <= (exact.abs() * info.eps / 2).clamp(min=info.tiny * info.eps) * 1.001).all()
 
 
-class Products(TorchDispatchMode):
-    """Context that collects the dtypes of what matrices are multiplied with, after autocast has had its way."""
+class Watched(TorchDispatchMode):
+    """Context that collects the dtypes of what matrices are multiplied with, after autocast, and of what is scanned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes: set[torch.dtype] = set()
+        self.products: set[torch.dtype] = set()
+        self.scanned: list[tuple[torch.dtype, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outcome = func(*args, **(kwargs or {}))
         if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"):
-            self.dtypes |= {t.dtype for t in args if isinstance(t, Tensor)}
-        return func(*args, **(kwargs or {}))
+            self.products |= {t.dtype for t in args if isinstance(t, Tensor)}
+        if func._schema.name == "fastwkv::linear_scan_fwd":
+            a, x, h = args[0], args[1], outcome[0]
+            assert a.dtype == torch.complex64
+            self.scanned += [(t.dtype, tuple(t.shape[-2:])) for t in (x, h)]
+        return outcome
 
 
 @every_layer
@@ -115,28 +134,21 @@ def test_all_between_products_has_16_bits(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     layer, x, context = setting(name, dtype, autocast)
-    seen: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    step = lru.linear_scan_step
 
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def scan(a: Tensor, x: Tensor, *args: Any, **options: Any) -> Any:
-            outcome = function(a, x, *args, **options)
-            h = outcome[0] if isinstance(outcome, tuple) else outcome
-            assert a.dtype == torch.complex64
-            seen.extend(("scanned", t.dtype, tuple(t.shape[-2:])) for t in ((x, h) if x.dim() == 4 else (x,)))
-            return outcome
+    def watched_step(a: Tensor, x_t: Tensor, state: Tensor) -> Tensor:
+        watched.scanned.append((x_t.dtype, tuple(x_t.shape[-2:])))
+        return step(a, x_t, state)
 
-        return scan
-
-    for function in ("linear_scan_within", "linear_scan_step"):
-        monkeypatch.setattr(lru, function, watched(getattr(lru, function)))
-    with Products() as products:
+    monkeypatch.setattr(lru, "linear_scan_step", watched_step)
+    with Watched() as watched:
         results(layer, x, context)
         if name in ONE_WAY:
             with context:
                 layer.step(x[:, 0])
-    assert set(seen) == {("scanned", dtype, (N, 2))}
-    assert len(seen) == (3 if name in ONE_WAY else 4)
-    assert products.dtypes == {dtype}
+    assert set(watched.scanned) == {(dtype, (N, 2))}
+    assert len(watched.scanned) == (3 if name in ONE_WAY else 4)
+    assert watched.products == {dtype}
 
 
 @pytest.mark.parametrize("name", ONE_WAY)
@@ -183,8 +195,8 @@ def test_only_h_in_16_bits_is_kept_for_the_backward_pass(
     monkeypatch: pytest.MonkeyPatch, bidirectional: bool, parts: tuple[int, int], dtype: torch.dtype
 ) -> None:
     layer, x = LRU(1, 64, bidirectional=bidirectional).to(dtype), torch.randn(2, 500, 1).to(dtype)
-    pairs, scan = kept(layer, x, nullcontext()), lru.linear_scan_within
-    monkeypatch.setattr(lru, "linear_scan_within", lambda *args, **options: in_complex64(scan, *args, **options))
+    pairs = kept(layer, x, nullcontext())
+    use_complex64(monkeypatch)
     complex64 = kept(layer, x, nullcontext())
     for found, wanted in zip((pairs, complex64), parts, strict=True):
         assert wanted <= found / (2 * 500 * 64) <= 1.05 * wanted

@@ -121,6 +121,53 @@ def derived(model: RWKV4) -> None:
     model.blocks[1].attention.__class__ = type("Mine", (type(model.blocks[1].attention),), {})
 
 
+def biased(model: RWKV4) -> None:
+    model.blocks[1].attention.output = nn.Linear(CONFIG.width, CONFIG.width)
+
+
+def without_weight(model: RWKV4) -> None:
+    model.blocks[1].ln2 = nn.LayerNorm(CONFIG.width, elementwise_affine=False)
+
+
+def without_bias(model: RWKV4) -> None:
+    model.blocks[1].ln2 = nn.LayerNorm(CONFIG.width, bias=False)
+
+
+def norm_of_two_axes(model: RWKV4) -> None:
+    model.blocks[0].ln1 = nn.LayerNorm((2, CONFIG.width))
+
+
+def broadcast(model: RWKV4) -> None:
+    model.blocks[0].feed_forward.time_mix_key = nn.Parameter(torch.ones(1))
+
+
+class Quantised(Tensor):
+    pass
+
+
+def quantised(model: RWKV4) -> None:
+    linear = model.blocks[0].attention.output
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+
+
+CHANGES = [
+    hooked,
+    hooked_before,
+    replaced,
+    parametrised,
+    compiled,
+    patched,
+    derived,
+    biased,
+    without_weight,
+    without_bias,
+    norm_of_two_axes,
+    broadcast,
+    quantised,
+]
+TOKENS = torch.tensor([3, 30])
+
+
 @pytest.fixture
 def on_gpu() -> RWKV4State:
     """Return a state on a GPU that need not be there."""
@@ -130,30 +177,31 @@ def on_gpu() -> RWKV4State:
     return RWKV4State(x, y, WKVState(*wkv))
 
 
-@pytest.mark.parametrize("change", [hooked, hooked_before, replaced, parametrised, compiled, patched, derived])
+@pytest.mark.parametrize("change", CHANGES)
 def test_it_stands_for_blocks_as_they_were_built_alone(change: Callable[[RWKV4], None], on_gpu: RWKV4State) -> None:
     model = trained()
-    assert rwkv4_step.stands_for(model, on_gpu)
+    assert rwkv4_step.stands_for(model, TOKENS, on_gpu)
     change(model)
-    assert not rwkv4_step.stands_for(model, on_gpu)
+    assert not rwkv4_step.stands_for(model, TOKENS, on_gpu)
 
 
 def test_it_stands_for_nothing_under_autocast_or_hooks_of_all_modules(on_gpu: RWKV4State) -> None:
     model = trained()
     torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
     try:
-        assert not rwkv4_step.stands_for(model, on_gpu)
+        assert not rwkv4_step.stands_for(model, TOKENS, on_gpu)
     finally:
         torch.set_autocast_enabled("cuda", False)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert not rwkv4_step.stands_for(model, on_gpu)
+        assert not rwkv4_step.stands_for(model, TOKENS, on_gpu)
     finally:
         handle.remove()
     turned = on_gpu._replace(att_x=on_gpu.att_x.mT)
-    assert not rwkv4_step.stands_for(model, turned)
-    assert not rwkv4_step.stands_for(model, model.empty_state(2))  # on a CPU
-    assert rwkv4_step.stands_for(model, on_gpu)
+    assert not rwkv4_step.stands_for(model, TOKENS, turned)
+    assert not rwkv4_step.stands_for(model, TOKENS, model.empty_state(2))  # on a CPU
+    assert not rwkv4_step.stands_for(model, TOKENS[:1], on_gpu)  # of another number of texts: the blocks say so
+    assert rwkv4_step.stands_for(model, TOKENS, on_gpu)
 
 
 def test_a_model_takes_it_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """How much memory an LRU takes, whose states nobody else sees, and that nothing of anybody's is overwritten."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from bench_scripts import load
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastwkv.nn import LRU, lru
 from fastwkv.ops.linear_scan import linear_scan
@@ -29,9 +31,13 @@ def gradients(layer: nn.Module, u: Tensor, goal: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(layer(u), [u, *layer.parameters()], goal))
 
 
-def apart(*args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    """Scan as everybody else: the gradient of x has memory of its own."""
-    return linear_scan(*args, return_state=True, **options)  # type: ignore[arg-type, return-value, misc]
+def apart(
+    u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same as three operators of autograd."""
+    x = F.linear(u, into).unflatten(-1, (-1, 2))
+    h, final = linear_scan(a, x, initial, return_state=True, cu_seqlens=cu_seqlens)
+    return F.linear(h.flatten(-2), out), final
 
 
 @every_layer
@@ -43,8 +49,51 @@ def test_gradients_are_those_of_a_scan_that_keeps_all_apart(
     before = goal.clone()
     found = gradients(layer, u, goal)
     torch.testing.assert_close(goal, before, rtol=0, atol=0)
-    monkeypatch.setattr(lru, "linear_scan_within", apart)
+    monkeypatch.setattr(lru, "scan_between_products", apart)
     torch.testing.assert_close(found, gradients(layer, u, goal), rtol=0, atol=0)
+
+
+def nodes(y: Tensor) -> list[Any]:
+    """All functions of a graph."""
+    found: dict[Any, None] = {}
+    left = [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            left += [after for after, _ in node.next_functions]
+    return list(found)
+
+
+@every_layer
+@every_dtype
+def test_gradients_that_somebody_keeps_on_their_way_stay_what_they_are(name: str, dtype: torch.dtype) -> None:
+    # As schedules of pipelines do, which come back to them for the gradients of parameters.
+    layer, u, goal = setting(name, dtype)
+    y = layer(u)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for node in nodes(y):
+        node.register_prehook(lambda gradients: seen.extend((g, g.clone()) for g in gradients if g is not None))
+    torch.autograd.grad(y, [u, *layer.parameters()], goal)
+    assert len(seen) > 8
+    for kept, was in seen:
+        torch.testing.assert_close(kept, was, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap takes them one after the other
+@every_layer
+def test_many_gradients_at_once_are_those_of_one_after_the_other(name: str) -> None:
+    layer, u, _ = setting(name, torch.float32)
+    u = u.detach()[:, :9].requires_grad_()
+    y, goals = layer(u), torch.randn(3, 2, 9, H)
+    wanted = torch.stack([torch.autograd.grad(y, u, goal, retain_graph=True)[0] for goal in goals])
+
+    def of(goal: Tensor) -> Tensor:
+        return torch.autograd.grad(y, u, goal, retain_graph=True)[0]
+
+    batched = torch.autograd.grad(y, u, goals, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(batched, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.func.vmap(of)(goals), wanted, rtol=1e-6, atol=1e-6)
 
 
 @every_layer
@@ -83,5 +132,5 @@ def test_two_tensors_as_large_as_h_are_enough(monkeypatch: pytest.MonkeyPatch, d
     # h and its gradient, which that of its input takes the place of; beside them tokens, outputs and parameters.
     layer, u, goal = setting("LRU", dtype)
     assert peak(layer, u, goal) < 2.3
-    monkeypatch.setattr(lru, "linear_scan_within", apart)
+    monkeypatch.setattr(lru, "scan_between_products", apart)
     assert peak(layer, u, goal) > 3
