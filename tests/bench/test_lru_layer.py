@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load
+from operations import Operations
 from simulated_gpu import Immediate
 
 pytest.importorskip("tqdm")
@@ -57,25 +58,11 @@ def test_reference_is_the_sum_that_defines_the_layer() -> None:
 
 
 @pytest.mark.parametrize(("form", "dtypes"), [("complex64", {torch.complex64}), ("fastwkv", {torch.bfloat16})])
-def test_forms_differ_in_what_is_scanned(form: str, dtypes: set[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastwkv.nn import lru
-
-    seen = set()
-
-    def look_at(module: Any, name: str) -> None:
-        scan = getattr(module, name)
-
-        def looking(a: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-            seen.add(x.dtype)
-            return scan(a, x, *arguments, **options)
-
-        monkeypatch.setattr(module, name, looking)
-
-    look_at(lru, "linear_scan_within")
-    look_at(forms, "linear_scan")
+def test_forms_differ_in_what_is_scanned(form: str, dtypes: set[torch.dtype]) -> None:
     inputs = lru_run.draw(lru_run.Case(CASE.shape, "bfloat16"), seed=0)
-    inputs.layer(forms.FORMS[form])(inputs.u)
-    assert seen == dtypes
+    with Operations() as operations:
+        inputs.layer(forms.FORMS[form])(inputs.u)
+    assert {call.arguments[1].dtype for call in operations.calls if call.name == "fastwkv::linear_scan_fwd"} == dtypes
 
 
 def test_memory_is_what_the_forms_are_known_to_take() -> None:

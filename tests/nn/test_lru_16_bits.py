@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from implementations import Implementation
+from operations import Operations
 from scan_cases import ORDINARY
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastwkv.nn import LRU, LRUBlock, lru
 
@@ -109,23 +109,7 @@ def test_gamma_and_b_are_rounded_once_together(dtype: torch.dtype) -> None:
     assert ((found - exact).abs() <= (exact.abs() * info.eps / 2).clamp(min=info.tiny * info.eps) * 1.001).all()
 
 
-class Watched(TorchDispatchMode):
-    """Context that collects the dtypes of what matrices are multiplied with, after autocast, and of what is scanned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: set[torch.dtype] = set()
-        self.scanned: list[tuple[torch.dtype, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outcome = func(*args, **(kwargs or {}))
-        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"):
-            self.products |= {t.dtype for t in args if isinstance(t, Tensor)}
-        if func._schema.name == "fastwkv::linear_scan_fwd":
-            a, x, h = args[0], args[1], outcome[0]
-            assert a.dtype == torch.complex64
-            self.scanned += [(t.dtype, tuple(t.shape[-2:])) for t in (x, h)]
-        return outcome
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 
 
 @every_layer
@@ -134,21 +118,26 @@ def test_all_between_products_has_16_bits(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     layer, x, context = setting(name, dtype, autocast)
-    step = lru.linear_scan_step
+    step, scanned = lru.linear_scan_step, []
 
     def watched_step(a: Tensor, x_t: Tensor, state: Tensor) -> Tensor:
-        watched.scanned.append((x_t.dtype, tuple(x_t.shape[-2:])))
+        scanned.append(x_t)
         return step(a, x_t, state)
 
     monkeypatch.setattr(lru, "linear_scan_step", watched_step)
-    with Watched() as watched:
+    with Operations() as operations:
         results(layer, x, context)
         if name in ONE_WAY:
             with context:
                 layer.step(x[:, 0])
-    assert set(watched.scanned) == {(dtype, (N, 2))}
-    assert len(watched.scanned) == (3 if name in ONE_WAY else 4)
-    assert watched.products == {dtype}
+    for call in operations.calls:
+        if call.name == "fastwkv::linear_scan_fwd":
+            assert call.arguments[0].dtype == torch.complex64
+            scanned += [call.arguments[1], call.result[0]]
+    assert len(scanned) == (3 if name in ONE_WAY else 4)
+    assert {(t.dtype, tuple(t.shape[-2:])) for t in scanned} == {(dtype, (N, 2))}
+    products = [call.arguments for call in operations.calls if call.name in PRODUCTS]
+    assert {t.dtype for arguments in products for t in arguments if isinstance(t, Tensor)} == {dtype}
 
 
 @pytest.mark.parametrize("name", ONE_WAY)
