@@ -188,47 +188,14 @@ def linear_scan_bwd(
     gfinal: Tensor | None,
     dtype: torch.dtype,
     launch: Launch | None = None,
+    gx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward pass: ga, gx (of this dtype) and, if there is one, the gradient of the initial state."""
-    gx = torch.empty_like(h, dtype=dtype)
-    ga, ginitial = _run(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gx, launch)
-    return ga, gx, ginitial
-
-
-def linear_scan_bwd_(
-    a: Tensor,
-    h: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    log: bool,
-    reverse: bool,
-    gh: Tensor,
-    gfinal: Tensor | None,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the backward pass and write gx over gh, which is contiguous: no token is read after it has been written.
-
-    A program reads a tile of gh once, asks ahead for others alone, and is one warp, no lane of which copies another.
-    """
-    return _run(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gh, launch)
-
-
-def _run(
-    a: Tensor,
-    h: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    log: bool,
-    reverse: bool,
-    gh: Tensor,
-    gfinal: Tensor | None,
-    gx: Tensor,
-    launch: Launch | None,
-) -> tuple[Tensor, Tensor]:
     B, T, C = h.shape[:3]
     state_dtype = scan_dtypes(a, h)[1]
     launch = launch or scan_launch_for(h)
     chunks = triton.cdiv(T, launch.chunk)
+    gx = torch.empty_like(h, dtype=dtype) if gx is None else gx
     ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
     edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
@@ -250,4 +217,24 @@ def _run(
         _linear_scan_bwd_kernel[grid](a_in, h_in, gh, initial, carry, edges, gfinal, *outputs, T, launch.chunk, **kind)
         if a.dim() == 1:
             ga = ga.sum(0).to(a.dtype)
+    return ga, gx, ginitial
+
+
+def linear_scan_bwd_(
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    gh: Tensor,
+    gfinal: Tensor | None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the backward pass and write gx over gh, which is contiguous: no token is read after it has been written.
+
+    A program reads a tile of gh once, asks ahead for others alone, and is one warp, no lane of which copies another.
+    """
+    given = a, h, initial, cu_seqlens, log, reverse, gh, gfinal
+    ga, _, ginitial = linear_scan_bwd(*given, gh.dtype, launch, gx=gh)
     return ga, ginitial
