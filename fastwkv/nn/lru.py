@@ -140,10 +140,11 @@ class LRU(nn.Module):
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
-        skip = self._skip(u)  # first: the backward pass, which keeps its gradient of u, then comes to it last
-        if self.bidirectional or torch.compiler.is_compiling() or in_forward_mode() or not torch.is_grad_enabled():
+        # D u comes first, so that the backward pass, which keeps its gradient of u, comes to it last.
+        skip = self._skip(u) if torch.is_grad_enabled() else None
+        if skip is None or self.bidirectional or torch.compiler.is_compiling() or in_forward_mode():
             h, final = self._scan(u, state, cu_seqlens)
-            y = self._read(h, skip)
+            y = self._read(h, self._skip(u) if skip is None else skip)
         else:
             dtype = rounded_by_autocast(u, skip.dtype)
             into, out = self._into(u).to(dtype), self._out(dtype)

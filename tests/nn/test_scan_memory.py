@@ -134,3 +134,12 @@ def test_two_tensors_as_large_as_h_are_enough(monkeypatch: pytest.MonkeyPatch, d
     assert peak(layer, u, goal) < 2.3
     monkeypatch.setattr(lru, "scan_between_products", apart)
     assert peak(layer, u, goal) > 3
+
+
+@every_dtype
+def test_forward_pass_alone_holds_what_is_scanned_and_h(dtype: torch.dtype) -> None:
+    layer, u, _ = setting("LRU", dtype)
+    with torch.no_grad(), LiveBytes() as memory:
+        y = layer(u)
+    del y
+    assert memory.peak < 2.05 * u.numel() / H * 64 * 2 * dtype.itemsize
