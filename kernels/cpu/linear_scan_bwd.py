@@ -138,9 +138,11 @@ def linear_scan_bwd(
     ``dtype`` is that of gx, which is written over gh if that is wanted and possible.
     """
     if h.dim() == 4:
-        h, gh = as_complex(h), as_complex(gh)
-        ga, gx, ginitial = linear_scan_bwd(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, h.dtype)
-        return ga, torch.view_as_real(gx).to(dtype), ginitial
+        wide, total = as_complex(h), as_complex(gh)
+        given = a, wide, initial, cu_seqlens, log, reverse, total, gfinal
+        ga, gx, ginitial = linear_scan_bwd(*given, wide.dtype, in_place=total.data_ptr() != gh.data_ptr())  # a copy
+        gx = torch.view_as_real(gx)
+        return ga, gh.copy_(gx) if in_place else gx.to(dtype), ginitial
     state_dtype = scan_dtypes(a, h)[1]
     B, T, C = h.shape
     a_dtype, a = a.dtype, a.to(h.dtype)
