@@ -53,6 +53,44 @@ def test_gradients_are_those_of_a_scan_that_keeps_all_apart(
     torch.testing.assert_close(found, gradients(layer, u, goal), rtol=0, atol=0)
 
 
+def carried(
+    layer: nn.Module, u: Tensor, goal: Tensor, lengths: list[int] | None, which: tuple[str, ...], frozen: str
+) -> dict[str, Tensor | None]:
+    """Gradients of some of the results, from a state on, to all that is not frozen."""
+    offsets = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    u = u.detach()[:1, : sum(lengths)] if lengths else u.detach()
+    generator = torch.Generator().manual_seed(2)
+    rows, wide = len(lengths) if lengths else 2, torch.complex128 if u.dtype == torch.float64 else torch.complex64
+    state, goal_of_final = (torch.randn(rows, 64, dtype=wide, generator=generator) for _ in range(2))
+    leaves = {"u": u, "state": state, **dict(layer.named_parameters())}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    leaves.pop(frozen, None)
+    y, final = layer(u, state, return_state=True, cu_seqlens=offsets)
+    results = {"y": (y, goal[:1, : y.shape[1]] if lengths else goal), "final": (final, goal_of_final)}
+    outputs, goals = zip(*(results[name] for name in which), strict=True)
+    return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), goals, allow_unused=True), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [None, [7, 1, 30]])
+@pytest.mark.parametrize("which", [("y",), ("final",), ("y", "final")])
+@pytest.mark.parametrize("frozen", ["", "u", "state", "B_re", "C_re", "nu_log"])
+def test_states_and_packed_texts_have_the_gradients_of_operators_apart(
+    monkeypatch: pytest.MonkeyPatch, frozen: str, which: tuple[str, ...], lengths: list[int] | None, dtype: torch.dtype
+) -> None:
+    layer, u, goal = setting("LRU", dtype)
+    u, goal = u[:, :40], goal[:, :40]
+    found = carried(layer, u, goal, lengths, which, frozen)
+    monkeypatch.setattr(lru, "scan_between_products", apart)
+    for name, wanted in carried(layer, u, goal, lengths, which, frozen).items():
+        gradient = found[name]
+        assert (gradient is None) == (wanted is None), name
+        if gradient is not None and wanted is not None:
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=0)
+            assert gradient.any(), name
+
+
 def nodes(y: Tensor) -> list[Any]:
     """All functions of a graph."""
     found: dict[Any, None] = {}
