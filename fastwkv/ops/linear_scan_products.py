@@ -75,7 +75,7 @@ class _ScanBetweenProducts(torch.autograd.Function):
             composed = Composed(linear_scan, *scanned[:4], log=False, reverse=False)
             ga, gx, ginitial = composed.backward(total, gfinal)
             gx = gx.to(h.dtype)
-        elif gy is None or batched(total) or (gfinal is not None and batched(gfinal)):
+        elif total is gh or batched(total) or (gfinal is not None and batched(gfinal)):  # gh is somebody else's
             ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*scanned, plain(total), gfinal, h.dtype)
         else:
             gx = plain(total)

@@ -134,6 +134,37 @@ def test_many_gradients_at_once_are_those_of_one_after_the_other(name: str) -> N
     torch.testing.assert_close(torch.func.vmap(of)(goals), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_gradients_of_the_state_beside_one_of_the_output() -> None:
+    layer, u, _ = setting("LRU", torch.float32)
+    u = u.detach()[:, :9].requires_grad_()
+    y, final = layer(u, return_state=True)
+    goal, goals = torch.randn_like(y), torch.randn(3, *final.shape, dtype=final.dtype)
+
+    def of(goal_of_final: Tensor) -> Tensor:
+        return torch.autograd.grad((y, final), u, (goal, goal_of_final), retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.func.vmap(of)(goals), torch.stack(list(map(of, goals))), rtol=1e-6, atol=1e-6)
+
+
+def test_first_and_second_derivatives_add_up_and_stay_what_they_are() -> None:
+    # Then the scan is asked for the gradients of y and of h at once, or of h alone, which is not its own.
+    layer, u, goal = setting("LRU", torch.float64)
+    u, goal = u.detach()[:, :9].requires_grad_(), goal[:, :9]
+    y = layer(u)
+    (slope,) = torch.autograd.grad(y, layer.nu_log, goal, create_graph=True)  # which h is a factor of
+    seen: list[tuple[Tensor, Tensor]] = []
+    for node in nodes(slope):
+        node.register_prehook(lambda gradients: seen.extend((g, g.clone()) for g in gradients if g is not None))
+    goals = goal, torch.randn_like(slope)
+    first, second = (torch.autograd.grad(t, u, g, retain_graph=True)[0] for t, g in zip((y, slope), goals, strict=True))
+    (both,) = torch.autograd.grad((y, slope), u, goals)
+    assert second.any()
+    torch.testing.assert_close(both, first + second, rtol=1e-12, atol=1e-12)
+    for kept, was in seen:
+        torch.testing.assert_close(kept, was, rtol=0, atol=0)
+
+
 @every_layer
 def test_a_graph_that_is_kept_gives_the_same_twice(name: str) -> None:
     layer, u, goal = setting(name, torch.float32)
@@ -162,7 +193,7 @@ def peak(layer: nn.Module, u: Tensor, goal: Tensor) -> float:
     with LiveBytes() as memory:
         results = gradients(layer, u, goal)
     del results
-    return float(memory.peak / (u.numel() / H * 64 * 2 * u.dtype.itemsize))
+    return float(memory.peak / (u.shape[0] * u.shape[1] * 64 * 2 * u.dtype.itemsize))
 
 
 @every_dtype
@@ -172,6 +203,12 @@ def test_two_tensors_as_large_as_h_are_enough(monkeypatch: pytest.MonkeyPatch, d
     assert peak(layer, u, goal) < 2.3
     monkeypatch.setattr(lru, "scan_between_products", apart)
     assert peak(layer, u, goal) > 3
+
+
+def test_h_is_gone_before_the_gradient_of_the_tokens_is_there() -> None:
+    layer, u = LRU(64, 64), torch.randn(2, 4000, 64).requires_grad_()
+    goal = torch.randn_like(u)
+    assert peak(layer, u, goal) < 2.75  # two of h and its gradient, and y, of half the size; 3 with the gradient of u
 
 
 @every_dtype
