@@ -73,7 +73,7 @@ class Operator:
     """An operator as the model knows it."""
 
     passes: dict[str, Pass]
-    launch: Callable[[int, int, int, int, int], Launch]
+    launch: Callable[[int, int, int, int, int, bool], Launch]
     dtypes: tuple[str, ...]
 
 
@@ -224,8 +224,8 @@ def model_rows(gpu: str, operator: str, dtype: str, kernels: Mapping[str, Figure
     """Return what the model says of every shape and pass of an operator on a GPU."""
     device, op, found = DEVICES[gpu], OPERATORS[operator], []
     for shape in GPU_SHAPES:
-        launch = op.launch(*shape, device.multiprocessors, ITEMSIZE[dtype])
         for which, one in op.passes.items():
+            launch = op.launch(*shape, device.multiprocessors, ITEMSIZE[dtype], which == "backward")
             predicted = predict(one, shape, ITEMSIZE[dtype], launch, kernels, device, ACCUMULATOR[dtype])
             row: dict[str, Any] = {"gpu": gpu, "op": operator, "dtype": dtype, "pass": which}
             row |= dict(zip("BTC", shape, strict=True))

@@ -1,6 +1,6 @@
 """Launch shapes, and what every implementation of an operator agrees on. Imports nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 def checkpoint_rows(itemsize: int) -> int:
@@ -55,57 +55,67 @@ class Launch:
     """Warps a program."""
     chunk: int
     """Tokens a program, a multiple of the tokens that it treats at once."""
+    stages: int = STAGES
+    """Tiles of each input in shared memory."""
 
     def options(self, C: int) -> dict[str, int]:
         """What every kernel that walks along time is compiled for."""
         return {"C": C, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
-ROW_BYTES = 200
-"""Bytes of a row of k, of all sequences, a multiprocessor from which WKV takes each sequence as one chunk. One warp
-alone takes about 55 clocks a row, however few there are. Chunks move 5e bytes in place of 3e: at 4.3 TB/s and 1.75 GHz,
-18.6 bytes a clock and multiprocessor, 200 bytes of k are 5 * 200 / 18.6 = 54 clocks. The compiler's and a model's
-figures, not yet measured ones."""
-WARPS_WANTED = 12
-"""Warps a multiprocessor that sequences are split for. Two for each of its four schedulers use most of its issue slots
-(one alone waits for itself 4 clocks of 10), a third hides what the other two wait for in memory. As for ROW_BYTES."""
+@dataclass(frozen=True)
+class Plan:
+    """How a pass of an operator is laid over a device, and when its sequences are split along time."""
+
+    row_bytes: int
+    """Bytes of a row of k or x, of all sequences, a multiprocessor from which a sequence is one chunk."""
+    warps: int
+    """Warps a multiprocessor that sequences are split for, where they are."""
+    block_c: int = 32
+    num_warps: int = 1
+    stages: int = STAGES
+
+    def launch(self, B: int, T: int, C: int, multiprocessors: int, itemsize: int, rows: int) -> Launch:
+        """Return the shape of a launch; ``itemsize`` is in bytes, and a chunk a multiple of ``rows`` tokens."""
+        programs = B * -(-C // self.block_c)
+        chunks = 1
+        if B * C * itemsize < self.row_bytes * multiprocessors:
+            wanted = -(-self.warps * multiprocessors // (programs * self.num_warps))
+            chunks = max(1, min(wanted, T // MIN_CHUNK))
+        return Launch(self.block_c, self.num_warps, -(-T // (chunks * rows)) * rows, self.stages)
+
+
+# None of these figures has been measured; they are the compiler's and a model's.
+#
+# row_bytes. One warp alone takes about 55 clocks a row forward, however few there are. Chunks move 5e bytes in place of
+# 3e: at 4.3 TB/s and 1.75 GHz, 18.6 bytes a clock and multiprocessor, 200 bytes of k are 5 * 200 / 18.6 = 54 clocks.
+# Backward it is 8e and 84 clocks, nearly the same. One warp of the scan takes about 35 clocks: 5 * 130 / 18.6 = 35.
+#
+# warps. Two for each of a multiprocessor's four schedulers use most of its issue slots (one alone waits for itself 4
+# clocks of 10), a third hides what the other two wait for in memory. WKV's backward kernel has registers for two: a
+# wave of twelve would be followed by one of four, with half of the device idle. A warp of the scan moves 6e bytes a
+# clock at most; eight have 48 KB on their way in 16 bits.
+WKV_FORWARD = Plan(row_bytes=200, warps=12)
+WKV_BACKWARD = Plan(row_bytes=200, warps=8)
+SCAN_FORWARD = Plan(row_bytes=130, warps=8)
+SCAN_BACKWARD = Plan(row_bytes=130, warps=8)
+
 MIN_CHUNK = 128
 """Tokens below which a chunk is not split further: its summary and carry would cost as much as its tokens."""
 
 
-def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
-    """Choose the launch shape for WKV on ``[B, T, C]``; ``itemsize`` is that of k and v, in bytes.
+def wkv_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int, backward: bool = False) -> Launch:
+    """Choose the launch shape for a pass of WKV on ``[B, T, C]``; ``itemsize`` is that of k and v, in bytes."""
+    plan = WKV_BACKWARD if backward else WKV_FORWARD
+    return plan.launch(B, T, C, multiprocessors, itemsize, checkpoint_rows(4))
 
-    A program is one warp of one channel a lane. Sequences are split along time only where batch and channels alone
-    leave the device waiting (``ROW_BYTES``), and then as far as it takes to give every multiprocessor ``WARPS_WANTED``
-    warps.
+
+def scan_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int, backward: bool = False) -> Launch:
+    """Choose the launch shape for a pass of the linear scan; ``itemsize`` is that of a number of x, in bytes.
+
+    Complex numbers of 8 bytes and more take about three times as many clocks a row as real ones, for their exact sums.
     """
-    rows = checkpoint_rows(4)
-    if B * C * itemsize >= ROW_BYTES * multiprocessors:
-        return Launch(32, 1, -(-T // rows) * rows)
-    return _launch(B, T, C, 32, WARPS_WANTED * multiprocessors, rows)
-
-
-SCAN_ROW_BYTES = 130
-"""ROW_BYTES of the linear scan. One warp takes about 35 clocks a row; in chunks a forward pass moves 5e bytes in place
-of 3e, 5 * 130 / 18.6 = 35 clocks. A compiler's and a model's figures, not yet measured ones."""
-SCAN_WARPS_WANTED = 8
-"""WARPS_WANTED of the linear scan. A warp moves 6e bytes a clock at most; eight have 48 KB on their way in 16 bits."""
-
-
-def scan_launch(B: int, T: int, C: int, multiprocessors: int, itemsize: int) -> Launch:
-    """Choose the launch shape for the linear scan on ``[B, T, C]``; ``itemsize`` is that of a number of x, in bytes.
-
-    A program is one warp of one channel a lane, as in :func:`wkv_launch`. Complex numbers of 8 bytes and more take
-    about three times as many clocks a row as real ones, for their exact sums.
-    """
-    slow = 3 if itemsize >= 8 else 1
-    if B * C * itemsize >= slow * SCAN_ROW_BYTES * multiprocessors:
-        return Launch(32, 1, -(-T // SCAN_ROWS) * SCAN_ROWS)
-    return _launch(B, T, C, 32, SCAN_WARPS_WANTED * multiprocessors, SCAN_ROWS)
-
-
-def _launch(B: int, T: int, C: int, block_c: int, warps: int, rows: int) -> Launch:
-    programs = B * -(-C // block_c)
-    chunks = max(1, min(-(-warps // programs), T // MIN_CHUNK))
-    return Launch(block_c, 1, -(-T // (chunks * rows)) * rows)
+    plan = SCAN_BACKWARD if backward else SCAN_FORWARD
+    if itemsize >= 8:
+        plan = replace(plan, row_bytes=3 * plan.row_bytes)
+    return plan.launch(B, T, C, multiprocessors, itemsize, SCAN_ROWS)

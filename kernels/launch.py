@@ -30,10 +30,10 @@ def checkpoint_shape(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, i
     return B, 3 * ((T + rows - 1) // rows), C
 
 
-def launch_for(k: Tensor) -> Launch:
-    """Choose the launch shape for WKV on the device of k."""
+def launch_for(k: Tensor, backward: bool = False) -> Launch:
+    """Choose the launch shape for a pass of WKV on the device of k."""
     B, T, C = k.shape
-    return wkv_launch(B, T, C, _multiprocessors(k), k.dtype.itemsize)
+    return wkv_launch(B, T, C, _multiprocessors(k), k.dtype.itemsize, backward)
 
 
 def registers(most: int) -> dict[str, int]:
@@ -41,11 +41,11 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-def scan_launch_for(x: Tensor) -> Launch:
-    """Choose the launch shape for the linear scan on the device of x."""
+def scan_launch_for(x: Tensor, backward: bool = False) -> Launch:
+    """Choose the launch shape for a pass of the linear scan on the device of x."""
     B, T, C = x.shape[:3]
     parts = 2 if x.dim() == 4 else 1
-    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize * parts)
+    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize * parts, backward)
 
 
 def _multiprocessors(t: Tensor) -> int:

@@ -49,7 +49,7 @@ from fastwkv.kernels.arithmetic import (
     tile_offsets,
     times_sum,
 )
-from fastwkv.kernels.config import STAGES, Launch, scan_rows
+from fastwkv.kernels.config import Launch, scan_rows
 from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.linear_scan_step import linear_scan_step
@@ -239,7 +239,7 @@ def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: boo
         "FIXED": a.dim() == 1,
         "LOG": log,
         "ROWS": scan_rows(itemsize, parts, exact, edges is not None),
-        "STAGES": STAGES,
+        "STAGES": launch.stages,
         **launch.options(C),
     }
 

@@ -193,7 +193,7 @@ def linear_scan_bwd(
     """Run the backward pass: ga, gx (of this dtype) and, if there is one, the gradient of the initial state."""
     B, T, C = h.shape[:3]
     state_dtype = scan_dtypes(a, h)[1]
-    launch = launch or scan_launch_for(h)
+    launch = launch or scan_launch_for(h, backward=True)
     chunks = triton.cdiv(T, launch.chunk)
     gx = torch.empty_like(h, dtype=dtype) if gx is None else gx
     ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)

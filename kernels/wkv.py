@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
-from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, STAGES, Launch, checkpoint_rows
+from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, Launch, checkpoint_rows
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges, registers
 from fastwkv.kernels.wkv_carry import _wkv_carry_kernel
 from fastwkv.kernels.wkv_state import (
@@ -202,7 +202,7 @@ def wkv_fwd(
     w, u = w.contiguous(), u.contiguous()
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)
-    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": STAGES, **registers(FORWARD_REGISTERS)}
+    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": launch.stages, **registers(FORWARD_REGISTERS)}
 
     with torch.cuda.device_of(k):
         carry = None

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
-from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, STAGES, Launch, checkpoint_rows
+from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, Launch, checkpoint_rows
 from fastwkv.kernels.launch import launch_for, packed_edges, registers
 from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel
 from fastwkv.kernels.wkv_state import (
@@ -255,7 +255,7 @@ def wkv_bwd(
     """Run the backward pass: gw, gu, gk, gv and, if there is an initial state, its (gm, gl) ``[2, N, C]``."""
     B, T, C = k.shape
     acc = checkpoints.dtype
-    launch = launch or launch_for(k)
+    launch = launch or launch_for(k, backward=True)
     chunks = triton.cdiv(T, launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gk, gv = torch.empty_like(k), torch.empty_like(v)
@@ -265,7 +265,7 @@ def wkv_bwd(
     rates = (w.contiguous(), u.contiguous())
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)
-    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": STAGES, **registers(BACKWARD_REGISTERS)}
+    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": launch.stages, **registers(BACKWARD_REGISTERS)}
     inputs = (*rates, k, v, gy, checkpoints, initial, edges, gfinal)
 
     with torch.cuda.device_of(k):

@@ -16,7 +16,7 @@ from implementations import Implementation
 from wkv_cases import ORDINARY, cases, make_case, state_invariants
 
 from fastwkv import WKVState, reference
-from fastwkv.kernels.config import CARRY_GROUP, WARPS_WANTED, Launch, checkpoint_rows, wkv_launch
+from fastwkv.kernels.config import CARRY_GROUP, WKV_BACKWARD, WKV_FORWARD, Launch, checkpoint_rows, wkv_launch
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = checkpoint_rows(4)  # a multiple of those of float64
@@ -202,15 +202,17 @@ def test_bad_offsets_touch_no_foreign_memory(implementation):
     C=st.integers(1, 8192),
     multiprocessors=st.sampled_from((1, 16, 108, 132, 304)),
     itemsize=st.sampled_from((2, 4, 8)),
+    backward=st.booleans(),
 )
-def test_launch_shape_is_legal_for_every_shape(B, T, C, multiprocessors, itemsize):
-    shape = wkv_launch(B, T, C, multiprocessors, itemsize)
+def test_launch_shape_is_legal_for_every_shape(B, T, C, multiprocessors, itemsize, backward):
+    shape = wkv_launch(B, T, C, multiprocessors, itemsize, backward)
+    wanted = (WKV_BACKWARD if backward else WKV_FORWARD).warps
     chunks = -(-T // shape.chunk)
     assert shape.chunk % ROWS == 0
     assert shape.block_c & (shape.block_c - 1) == 0
     assert -(-C // shape.block_c) <= 65535
     assert B * chunks < 2**31
-    assert chunks == 1 or B * -(-C // shape.block_c) < WARPS_WANTED * multiprocessors
+    assert chunks == 1 or B * -(-C // shape.block_c) < wanted * multiprocessors
 
 
 def test_one_chunk_where_batch_and_channels_fill_the_device():
