@@ -8,6 +8,8 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
+# All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
+
 
 def check_floating(**tensors: Tensor) -> None:
     """Each argument is a real floating-point tensor, all on one device."""
@@ -31,20 +33,22 @@ def _check_dtype_among(dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tenso
 
 def check_device(**tensors: Tensor) -> None:
     """All arguments are on one device."""
-    (first, reference), *rest = tensors.items()
-    for name, tensor in rest:
-        if tensor.device != reference.device:
-            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {reference.device}")
+    reference = None
+    for name, tensor in tensors.items():
+        device = tensor.device
+        if reference is None:
+            first, reference = name, device
+        elif device != reference:
+            raise ValueError(f"{name} is on {device}, but {first} is on {reference}")
 
 
 def check_rank(dims: str, **tensors: Tensor) -> None:
     """Each argument has one axis for each name in ``dims``, such as "B T C", and no axis is empty."""
     for name, tensor in tensors.items():
-        axes = dims.split()
-        if tensor.dim() != len(axes):
-            raise ValueError(f"{name} must be [{', '.join(axes)}], got shape {_shape(tensor)}")
+        if tensor.dim() != dims.count(" ") + 1:
+            raise ValueError(f"{name} must be [{', '.join(dims.split())}], got shape {_shape(tensor)}")
         if 0 in tensor.shape:
-            dim = axes[tensor.shape.index(0)]
+            dim = dims.split()[tensor.shape.index(0)]
             raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
 
 

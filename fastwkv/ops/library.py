@@ -26,7 +26,12 @@ def register(schema: str, module: str, fake: Callable[..., Any], cpu: bool = Tru
 
 
 def _launcher(module: str, name: str) -> Callable[..., Any]:
+    launcher: Callable[..., Any] | None = None
+
     def launch(*args: Any) -> Any:
-        return getattr(import_module(module), name)(*args)
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(import_module(module), name)
+        return launcher(*args)
 
     return launch

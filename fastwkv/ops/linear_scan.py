@@ -1,6 +1,5 @@
 """The diagonal linear recurrence: the public function, its autograd and its registration."""
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from fastwkv.kernels.launch import scan_dtypes
 from fastwkv.ops import checks, linear_scan_registration  # noqa: F401 (registers what is called below)
-from fastwkv.ops.derivatives import differentiated, differentiated_again, in_forward_mode
+from fastwkv.ops.derivatives import apply, differentiated, differentiated_again, in_forward_mode
 from fastwkv.ops.linear_scan_derivatives import Composed
 
 
@@ -119,8 +118,8 @@ def linear_scan(
     a, x, initial = plain(a), plain(x), None if initial_state is None else plain(initial_state)
     inputs = [a, x] if initial is None else [a, x, initial]
     if differentiated(inputs):
-        scan: Callable[..., tuple[Tensor, Tensor]] = (_DualLinearScan if in_forward_mode() else LinearScan).apply
-        h, final = scan(a, x, initial, cu_seqlens, log, reverse)
+        scan = _DualLinearScan if in_forward_mode() else LinearScan
+        h, final = apply(scan, a, x, initial, cu_seqlens, log, reverse)
     else:
         h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
     if pairs and h.is_complex():

@@ -1,13 +1,12 @@
 """The linear scan between two products with matrices, as one operator of autograd: it needs less memory than three."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastwkv.ops.derivatives import batched, differentiated_again
+from fastwkv.ops.derivatives import apply, batched, differentiated_again
 from fastwkv.ops.linear_scan import linear_scan, plain
 from fastwkv.ops.linear_scan_derivatives import Composed
 
@@ -34,8 +33,7 @@ def scan_between_products(
 
     """
     initial = None if initial is None else plain(initial)
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _ScanBetweenProducts.apply
-    y, _, final = apply(u, into, plain(a), out, initial, cu_seqlens)
+    y, _, final = apply(_ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens)
     return y, final
 
 

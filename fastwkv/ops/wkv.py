@@ -1,6 +1,5 @@
 """WKV: the public function, its autograd and its registration."""
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 from fastwkv.ops import checks
-from fastwkv.ops.derivatives import differentiated, differentiated_again
+from fastwkv.ops.derivatives import apply, differentiated, differentiated_again
 from fastwkv.ops.library import register
 from fastwkv.reference.wkv import WKVState
 
@@ -103,8 +102,7 @@ def wkv(
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
     if differentiated(inputs):
-        apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = WKV.apply
-        y, final, _ = apply(w, u, k, v, packed, cu_seqlens)
+        y, final, _ = apply(WKV, w, u, k, v, packed, cu_seqlens)
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
@@ -165,8 +163,11 @@ class WKV(torch.autograd.Function):
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        adjoint: Callable[..., Any] = _Adjoint.apply if differentiated_again() else torch.ops.fastwkv.wkv_bwd
-        gw, gu, gk, gv, ginitial = adjoint(w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal)
+        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal
+        if differentiated_again():
+            gw, gu, gk, gv, ginitial = apply(_Adjoint, *given)
+        else:
+            gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(*given)
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
 
 
