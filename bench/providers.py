@@ -22,6 +22,7 @@ OPERATORS = {  # of this package, and the file of their Triton launchers; below,
     "linear_scan_bwd": "linear_scan_bwd",
     "linear_scan_bwd_": "linear_scan_bwd",
     "linear_scan_step": "linear_scan",
+    "packed_edges": "packing",
 }
 ONLY_GPU = dict.fromkeys(("norm_mix_", "wkv_step_gated_", "relu_squared_", "add_gated_"), "rwkv4_step")
 

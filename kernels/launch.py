@@ -50,19 +50,3 @@ def scan_launch_for(x: Tensor, backward: bool = False) -> Launch:
 
 def _multiprocessors(t: Tensor) -> int:
     return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
-
-
-def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
-    """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it.
-
-    With ``reverse`` the tokens are those of a scan from the last to the first, which starts where a sequence ends.
-    """
-    cu_seqlens = cu_seqlens.contiguous()
-    tokens = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
-    # Offsets on a GPU are not checked: whatever they are, no sequence beyond the last is read or written.
-    sequence.clamp_(max=cu_seqlens.shape[0] - 2)
-    changes = torch.nn.functional.pad(sequence.diff() != 0, (1, 1), value=True).int()
-    if reverse:
-        sequence, changes = sequence.flip(0), changes.flip(0)
-    return 4 * sequence + 2 * changes[1:] + changes[:-1]

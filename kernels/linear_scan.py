@@ -50,9 +50,10 @@ from fastwkv.kernels.arithmetic import (
     times_sum,
 )
 from fastwkv.kernels.config import Launch, scan_rows
-from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
+from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.linear_scan_step import linear_scan_step
+from fastwkv.kernels.packing import packed_edges
 
 __all__ = ["linear_scan_fwd", "linear_scan_step"]
 
@@ -204,16 +205,21 @@ def linear_scan_fwd(
     cu_seqlens: Tensor | None,
     log: bool,
     reverse: bool,
+    edges: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward pass: h ``[B, T, C]`` and the final state ``[N, C]``."""
+    """Run the forward pass: h ``[B, T, C]`` and the final state ``[N, C]``.
+
+    ``edges`` is what :func:`packed_edges` makes of ``cu_seqlens``, where it is known.
+    """
     B, T, C = x.shape[:3]
     dtype, state_dtype = scan_dtypes(a, x)
     launch = launch or scan_launch_for(x)
     chunks = triton.cdiv(T, launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, final = torch.empty_like(x, dtype=dtype), x.new_empty(N, C, dtype=state_dtype)
-    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
+    if cu_seqlens is not None and edges is None:
+        edges = packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     kind = options(launch, a, h, edges, log, reverse)
     a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)

@@ -20,9 +20,10 @@ from fastwkv.kernels.arithmetic import (
     times_sum,
 )
 from fastwkv.kernels.config import Launch
-from fastwkv.kernels.launch import packed_edges, scan_dtypes, scan_launch_for
+from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, options, sequence_of, summaries
 from fastwkv.kernels.linear_scan_carry import run_carry
+from fastwkv.kernels.packing import packed_edges
 
 
 @triton.jit
@@ -187,6 +188,7 @@ def linear_scan_bwd(
     gh: Tensor,
     gfinal: Tensor | None,
     dtype: torch.dtype,
+    edges: Tensor | None = None,
     launch: Launch | None = None,
     gx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +200,8 @@ def linear_scan_bwd(
     gx = torch.empty_like(h, dtype=dtype) if gx is None else gx
     ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
-    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T, reverse)
+    if cu_seqlens is not None and edges is None:
+        edges = packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     kind = options(launch, a, h, edges, log, reverse)
     parts = kind["PARTS"]
@@ -229,6 +232,7 @@ def linear_scan_bwd_(
     reverse: bool,
     gh: Tensor,
     gfinal: Tensor | None,
+    edges: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the backward pass and write gx over gh, which is contiguous: no token is read after it has been written.
@@ -236,5 +240,5 @@ def linear_scan_bwd_(
     A program reads a tile of gh once, asks ahead for others alone, and is one warp, no lane of which copies another.
     """
     given = a, h, initial, cu_seqlens, log, reverse, gh, gfinal
-    ga, _, ginitial = linear_scan_bwd(*given, gh.dtype, launch, gx=gh)
+    ga, _, ginitial = linear_scan_bwd(*given, gh.dtype, edges, launch, gx=gh)
     return ga, ginitial

@@ -42,9 +42,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
+from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
 from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, Launch, checkpoint_rows
-from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, packed_edges, registers
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, registers
+from fastwkv.kernels.packing import packed_edges
 from fastwkv.kernels.wkv_carry import _wkv_carry_kernel
 from fastwkv.kernels.wkv_state import (
     absorb,
@@ -75,7 +76,7 @@ def _fwd_rows(
         step = 1.0
         if MASKED:
             step = tl.where((first <= i) & (last > i), 1.0, 0.0)
-        d = tl.fma(-age, w, anchor - k)
+        d = tl.fma(negated(age), w, anchor - k)
         if OUTPUT:
             past, now = weigh(d - u)
             total = at_least_tiny(tl.fma(past, den, now), SURE)
@@ -187,9 +188,13 @@ def wkv_fwd(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
+    edges: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward pass: y ``[B, T, C]``, final state ``[3, N, C]`` and, with ``save``, the checkpoints."""
+    """Run the forward pass: y ``[B, T, C]``, final state ``[3, N, C]`` and, with ``save``, the checkpoints.
+
+    ``edges`` is what :func:`packed_edges` makes of ``cu_seqlens``, where it is known.
+    """
     B, T, C = k.shape
     acc = accumulation_dtype(w, u, k, v)
     launch = launch or launch_for(k)
@@ -198,7 +203,8 @@ def wkv_fwd(
     y = torch.empty_like(v)
     final = k.new_empty(3, N, C, dtype=acc)
     checkpoints = k.new_empty(checkpoint_shape(B, T, C, acc) if save else 0, dtype=acc)
-    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T)
+    if cu_seqlens is not None and edges is None:
+        edges = packed_edges(cu_seqlens, T)
     w, u = w.contiguous(), u.contiguous()
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)
@@ -207,7 +213,8 @@ def wkv_fwd(
     with torch.cuda.device_of(k):
         carry = None
         if chunks > 1:
-            summary, carry = k.new_empty(2, 3, B * chunks, C, dtype=acc)
+            # Not one tensor: were C odd, the number of chunks would decide whether its second half is aligned.
+            summary, carry = (k.new_empty(3, B * chunks, C, dtype=acc) for _ in range(2))
             _wkv_fwd_kernel[grid](
                 w, u, k, v, initial, None, edges, None, None, summary, N, T, launch.chunk,
                 **tiles, **options,

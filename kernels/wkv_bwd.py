@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import quotient, rows_of, tile_of
+from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
 from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, Launch, checkpoint_rows
-from fastwkv.kernels.launch import launch_for, packed_edges, registers
+from fastwkv.kernels.launch import launch_for, registers
+from fastwkv.kernels.packing import packed_edges
 from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel
 from fastwkv.kernels.wkv_state import (
     absorb,
@@ -31,7 +32,7 @@ def _or_one(den):
 def _quotient(a, b, inverse):
     """Return a / b, rounded once: thousands of factors 1-r multiply, and where nothing is added they must be 1."""
     q = a * inverse
-    return tl.fma(tl.fma(-q, b, a), inverse, q)
+    return tl.fma(tl.fma(negated(q), b, a), inverse, q)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _bwd_rows(
         if not SURE:
             seen |= (den > tiny(den)).to(tl.int32) << i
         delta = v - mean
-        d = tl.fma(-age, w, anchor - k)
+        d = tl.fma(negated(age), w, anchor - k)
 
         past, now = weigh(d - u)
         total = tl.fma(past, den, now)
@@ -97,7 +98,7 @@ def _bwd_rows(
         gl_past = gl * decays[i]
         if GRADIENTS:
             gk = both
-            gw_term = tl.fma(gm, slopes[i], -gl_past)
+            gw_term = tl.fma(gm, slopes[i], negated(gl_past))
             gu_term = alphas[i]
             if MASKED:
                 gw_term = tl.where((first <= i) & (last > i), gw_term, 0.0)
@@ -111,7 +112,7 @@ def _bwd_rows(
             gw_rows += gw_term
             gu_rows += gu_term
         else:
-            b = tl.fma(-slopes[i], a, decays[i] * b)
+            b = tl.fma(negated(slopes[i]), a, decays[i] * b)
             a = decays[i] * a
         gl = gl_past - both
         gm = tl.fma(gm, decays[i], gys_past[i])
@@ -250,6 +251,7 @@ def wkv_bwd(
     checkpoints: Tensor,
     gy: Tensor,
     gfinal: Tensor | None,
+    edges: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward pass: gw, gu, gk, gv and, if there is an initial state, its (gm, gl) ``[2, N, C]``."""
@@ -261,7 +263,8 @@ def wkv_bwd(
     gk, gv = torch.empty_like(k), torch.empty_like(v)
     gwu = k.new_empty(2, B * chunks, C, dtype=acc)
     ginitial = k.new_empty((2, N, C) if initial is not None else 0, dtype=acc)
-    edges = None if cu_seqlens is None else packed_edges(cu_seqlens, T)
+    if cu_seqlens is not None and edges is None:
+        edges = packed_edges(cu_seqlens, T)
     rates = (w.contiguous(), u.contiguous())
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
     options = launch.options(C)

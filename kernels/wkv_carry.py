@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastwkv.kernels.arithmetic import negated
 from fastwkv.kernels.wkv_state import absorb, empty_state, load_rate, load_state, store_aged
 
 
@@ -41,7 +42,7 @@ def _wkv_carry_kernel(
             inside = in_c & (tl.zeros_like(c) + i < chunks)
             store_aged(carry_ptr + (b * chunks + i) * C + c, field, num, den, anchor, age, w, inside)
             num_new, den_new, p_new = summaries[j]
-            d = tl.fma(-age, w, anchor - p_new)
+            d = tl.fma(negated(age), w, anchor - p_new)
             num, den, anchor, age = absorb(num, den, anchor, age, d, w, num_new, den_new, p_new, chunk.to(ACC))
             if edge_ptr is not None:  # a chunk in which a sequence starts carries nothing over
                 head = tl.load(edge_ptr + tl.minimum(i * chunk, T - 1))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastwkv.kernels.arithmetic import LOG2_E, two_sum
+from fastwkv.kernels.arithmetic import LOG2_E, negated, two_sum
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
@@ -20,7 +20,7 @@ def load_rate(w_ptr, c, in_c, ACC: tl.constexpr):
 def weigh(d):
     """Weights of the past and of the present, whose exponents differ by d, the larger being 1."""
     # Triton's exp2 is one instruction; its exp adds three that keep subnormal results, which nothing here would miss.
-    e = tl.exp2(-tl.abs(d) * LOG2_E)
+    e = tl.exp2(tl.abs(d) * -LOG2_E)
     return tl.where(d >= 0, 1.0, e), tl.where(d >= 0, e, 1.0)
 
 
@@ -87,7 +87,7 @@ def run_begin(edge_ptr, rows, last):
 @triton.jit
 def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
     """Write (num, den, p = anchor - decay - decay_low), with the rounding error of p folded into num and den."""
-    p, error = two_sum(anchor, -decay)
+    p, error = two_sum(anchor, negated(decay))
     error -= decay_low
     fold = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0)  # error is NaN where p overflowed to -inf
     # After a NaN p may be anything: -inf would make an empty state of it where it is loaded.
@@ -101,7 +101,7 @@ def store_state(ptr, field, num, den, anchor, decay, decay_low, mask):
 @triton.jit
 def store_aged(ptr, field, num, den, anchor, age, w, mask):
     decay = age * w
-    store_state(ptr, field, num, den, anchor, decay, tl.fma(age, w, -decay), mask)
+    store_state(ptr, field, num, den, anchor, decay, tl.fma(age, w, negated(decay)), mask)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from fastwkv.kernels.launch import scan_dtypes
 from fastwkv.ops import checks, linear_scan_registration  # noqa: F401 (registers what is called below)
 from fastwkv.ops.derivatives import apply, differentiated, differentiated_again, in_forward_mode
 from fastwkv.ops.linear_scan_derivatives import Composed
+from fastwkv.ops.packing import edges_of
 
 
 @overload
@@ -119,7 +120,7 @@ def linear_scan(
     inputs = [a, x] if initial is None else [a, x, initial]
     if differentiated(inputs):
         scan = _DualLinearScan if in_forward_mode() else LinearScan
-        h, final = apply(scan, a, x, initial, cu_seqlens, log, reverse)
+        h, final = apply(scan, a, x, initial, cu_seqlens, log, reverse, edges_of(cu_seqlens, T, reverse))
     else:
         h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
     if pairs and h.is_complex():
@@ -174,33 +175,39 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+        a: Tensor,
+        x: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        log: bool,
+        reverse: bool,
+        edges: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Compute h and the final state."""
-        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
+        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse, edges)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep a, the initial state and h, nothing else."""
-        a, x, initial, cu_seqlens, ctx.log, ctx.reverse = inputs
+        a, x, initial, cu_seqlens, ctx.log, ctx.reverse, edges = inputs
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, initial, cu_seqlens, output[0])
+        ctx.save_for_backward(a, initial, cu_seqlens, edges, output[0])
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the adjoint recurrence, in the other direction of time."""
-        a, initial, cu_seqlens, h = ctx.saved_tensors
+        a, initial, cu_seqlens, edges, h = ctx.saved_tensors
         gh = torch.zeros_like(h) if gh is None else plain(gh)
         gfinal = None if gfinal is None else plain(gfinal)
         if differentiated_again():
             composed = Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
             ga, gx, ginitial = composed.backward(gh, gfinal)
-            return ga, gx.to(ctx.dtype), ginitial, None, None, None
+            return ga, gx.to(ctx.dtype), ginitial, None, None, None, None
         ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
-            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype
+            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype, edges
         )
-        return ga, gx, None if initial is None else ginitial, None, None, None
+        return ga, gx, None if initial is None else ginitial, None, None, None, None
 
 
 class _DualLinearScan(LinearScan):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.launch import packed_edges, scan_dtypes
+from fastwkv.kernels.launch import scan_dtypes
+from fastwkv.ops import packing  # noqa: F401 (registers what is called below)
 
 
 class Composed:
@@ -30,7 +31,8 @@ class Composed:
         self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
         self.given = a.to(state_dtype)
         self.a = self.given.exp() if log else self.given
-        edges = packed_edges(torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens, T, reverse)
+        offsets = torch.tensor([0, T], device=h.device) if cu_seqlens is None else cu_seqlens
+        edges = torch.ops.fastwkv.packed_edges(offsets, T, reverse)
         edges = edges.flip(0) if reverse else edges
         first, self.last = (edges & 1) != 0, (edges & 2) != 0  # of the sequences, in the order of the scan
         self.initial = initial

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastwkv.ops.derivatives import apply, batched, differentiated_again
 from fastwkv.ops.linear_scan import linear_scan, plain
 from fastwkv.ops.linear_scan_derivatives import Composed
+from fastwkv.ops.packing import edges_of
 
 
 def scan_between_products(
@@ -33,7 +34,7 @@ def scan_between_products(
 
     """
     initial = None if initial is None else plain(initial)
-    y, _, final = apply(_ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens)
+    y, _, final = apply(_ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens, edges_of(cu_seqlens, u.shape[1]))
     return y, final
 
 
@@ -42,11 +43,17 @@ class _ScanBetweenProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+        u: Tensor,
+        into: Tensor,
+        a: Tensor,
+        out: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        edges: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute y, h and the final state."""
         h, final = torch.ops.fastwkv.linear_scan_fwd(
-            a, _numbers(F.linear(u, into), a.dtype), initial, cu_seqlens, False, False
+            a, _numbers(F.linear(u, into), a.dtype), initial, cu_seqlens, False, False, edges
         )
         return F.linear(_parts(h), out), h, final
 
@@ -59,7 +66,7 @@ class _ScanBetweenProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the adjoints, the last first."""
-        u, into, a, out, initial, cu_seqlens, h = ctx.saved_tensors
+        u, into, a, out, initial, cu_seqlens, edges, h = ctx.saved_tensors
         gfinal = None if gfinal is None else plain(gfinal)
         total, gout = gh, None
         if gy is not None:
@@ -74,10 +81,10 @@ class _ScanBetweenProducts(torch.autograd.Function):
             ga, gx, ginitial = composed.backward(total, gfinal)
             gx = gx.to(h.dtype)
         elif total is gh or batched(total) or (gfinal is not None and batched(gfinal)):  # gh is somebody else's
-            ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*scanned, plain(total), gfinal, h.dtype)
+            ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*scanned, plain(total), gfinal, h.dtype, edges)
         else:
             gx = plain(total)
-            ga, ginitial = torch.ops.fastwkv.linear_scan_bwd_(*scanned, gx, gfinal)
+            ga, ginitial = torch.ops.fastwkv.linear_scan_bwd_(*scanned, gx, gfinal, edges)
         # As PyTorch's compiled functions do: unless the graph is kept, h is gone before the gradient of u is there.
         getattr(ctx, "maybe_clear_saved_tensors", _nothing)()
         del h, scanned, total
@@ -86,7 +93,7 @@ class _ScanBetweenProducts(torch.autograd.Function):
         ginto = None
         if ctx.needs_input_grad[1]:
             ginto = _summed(gx, u).to(into.dtype)
-        return gu, ginto, ga, gout, None if initial is None else ginitial, None
+        return gu, ginto, ga, gout, None if initial is None else ginitial, None, None
 
 
 def _nothing() -> None:

@@ -9,6 +9,7 @@ from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 from fastwkv.ops import checks
 from fastwkv.ops.derivatives import apply, differentiated, differentiated_again
 from fastwkv.ops.library import register
+from fastwkv.ops.packing import edges_of
 from fastwkv.reference.wkv import WKVState
 
 
@@ -102,7 +103,7 @@ def wkv(
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
     if differentiated(inputs):
-        y, final, _ = apply(WKV, w, u, k, v, packed, cu_seqlens)
+        y, final, _ = apply(WKV, w, u, k, v, packed, cu_seqlens, edges_of(cu_seqlens, T))
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
@@ -143,10 +144,16 @@ class WKV(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        edges: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute y, the final state and the checkpoints that the backward pass starts from."""
-        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True)
+        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True, edges)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -159,16 +166,16 @@ class WKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Run the adjoint recurrence over the saved inputs."""
-        w, u, k, v, initial, cu_seqlens, final, checkpoints = ctx.saved_tensors
+        w, u, k, v, initial, cu_seqlens, edges, final, checkpoints = ctx.saved_tensors
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal
+        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal, edges
         if differentiated_again():
             gw, gu, gk, gv, ginitial = apply(_Adjoint, *given)
         else:
             gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(*given)
-        return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None
+        return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None, None
 
 
 class _Adjoint(torch.autograd.Function):
@@ -220,7 +227,14 @@ def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k:
 
 
 def _wkv_fwd_fake(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, save: bool
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, C = k.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -239,6 +253,7 @@ def _wkv_bwd_fake(
     checkpoints: Tensor,
     gy: Tensor,
     gfinal: Tensor | None,
+    edges: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     ginitial = checkpoints.new_empty(0) if initial is None else initial.new_empty(2, *initial.shape[1:])
     return torch.empty_like(w), torch.empty_like(u), torch.empty_like(k), torch.empty_like(v), ginitial
@@ -251,14 +266,14 @@ def _wkv_step_fake(
 
 
 register(
-    "wkv_fwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
+    "wkv_fwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, bool save,"
+    " Tensor? edges=None) -> (Tensor, Tensor, Tensor)",
     "wkv",
     _wkv_fwd_fake,
 )
 register(
     "wkv_bwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, Tensor checkpoints,"
-    " Tensor gy, Tensor? gfinal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor gy, Tensor? gfinal, Tensor? edges=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "wkv_bwd",
     _wkv_bwd_fake,
 )

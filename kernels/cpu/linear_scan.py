@@ -116,7 +116,13 @@ def _linear_scan_fwd_kernel(
 
 
 def linear_scan_fwd(
-    a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
+    a: Tensor,
+    x: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log: bool,
+    reverse: bool,
+    edges: Tensor | None = None,  # for GPUs
 ) -> tuple[Tensor, Tensor]:
     """Return h [B, T, C] and the final state [N, C]."""
     if x.dim() == 4:

@@ -130,6 +130,7 @@ def linear_scan_bwd(
     gh: Tensor,
     gfinal: Tensor | None,
     dtype: torch.dtype,
+    edges: Tensor | None = None,  # for GPUs
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +184,7 @@ def linear_scan_bwd_(
     reverse: bool,
     gh: Tensor,
     gfinal: Tensor | None,
+    edges: Tensor | None = None,  # for GPUs
 ) -> tuple[Tensor, Tensor]:
     """Write gx over gh; return ga and the gradient of the initial state."""
     ga, gx, ginitial = linear_scan_bwd(

@@ -110,7 +110,14 @@ def _wkv_fwd_kernel(
 
 
 def wkv_fwd(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, save: bool
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    edges: Tensor | None = None,  # for GPUs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B, T, C], the final state [3, N, C], and with ``save`` the checkpoints for the backward pass."""
     dtype = accumulation_dtype(w, u, k, v)

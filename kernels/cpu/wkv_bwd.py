@@ -188,6 +188,7 @@ def wkv_bwd(
     checkpoints: Tensor,
     gy: Tensor,
     gfinal: Tensor | None,
+    edges: Tensor | None = None,  # for GPUs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gw, gu, gk, gv and (gm, gl) [2, N, C] of the initial state, or an empty tensor where there was none.
 
