@@ -1,14 +1,19 @@
 """What the launchers of every device need to know before they start a kernel."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastwkv.kernels.config import Launch, checkpoint_rows, scan_launch, wkv_launch
 
+# The host has a few microseconds for all of a launch. What follows from a shape alone is computed once.
+_wkv_launch, _scan_launch = lru_cache(wkv_launch), lru_cache(scan_launch)
+
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """Dtype of sums, states and their gradients: float64 if any argument is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def scan_dtypes(a: Tensor, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -16,7 +21,7 @@ def scan_dtypes(a: Tensor, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
     Where x holds pairs, ``[B, T, C, 2]``, so does h, and states are complex.
     """
-    h = torch.promote_types(a.dtype, x.dtype)
+    h = x.dtype if a.dtype == x.dtype else torch.promote_types(a.dtype, x.dtype)
     return x.dtype if x.dim() == 4 else h, torch.promote_types(h, torch.float32)
 
 
@@ -33,20 +38,20 @@ def checkpoint_shape(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, i
 def launch_for(k: Tensor, backward: bool = False) -> Launch:
     """Choose the launch shape for a pass of WKV on the device of k."""
     B, T, C = k.shape
-    return wkv_launch(B, T, C, _multiprocessors(k), k.dtype.itemsize, backward)
-
-
-def registers(most: int) -> dict[str, int]:
-    """Return the option of a launch that bounds the registers of a lane. AMD's compiler knows none."""
-    return {} if torch.version.hip else {"maxnreg": most}
+    return _wkv_launch(B, T, C, _multiprocessors(k), k.dtype.itemsize, backward)
 
 
 def scan_launch_for(x: Tensor, backward: bool = False) -> Launch:
     """Choose the launch shape for a pass of the linear scan on the device of x."""
     B, T, C = x.shape[:3]
     parts = 2 if x.dim() == 4 else 1
-    return scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize * parts, backward)
+    return _scan_launch(B, T, C, _multiprocessors(x), x.dtype.itemsize * parts, backward)
 
 
 def _multiprocessors(t: Tensor) -> int:
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+    return _multiprocessors_of(t.device) if t.is_cuda else 1
+
+
+@lru_cache
+def _multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -29,7 +29,7 @@ pair in memory, of 16 bits a part where x is given as pairs, and two registers.
 Source: arXiv 2303.06349, section 3.2; the adjoint is derived here.
 """
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
@@ -50,6 +50,7 @@ from fastwkv.kernels.arithmetic import (
     times_sum,
 )
 from fastwkv.kernels.config import Launch, scan_rows
+from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.linear_scan_step import linear_scan_step
@@ -215,39 +216,57 @@ def linear_scan_fwd(
     B, T, C = x.shape[:3]
     dtype, state_dtype = scan_dtypes(a, x)
     launch = launch or scan_launch_for(x)
-    chunks = triton.cdiv(T, launch.chunk)
+    chunks = -(-T // launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, final = torch.empty_like(x, dtype=dtype), x.new_empty(N, C, dtype=state_dtype)
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T, reverse)
-    grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, edges, log, reverse)
+    grid = (B * chunks, -(-C // launch.block_c))
+    numbers = (T, launch.chunk)
+    kind = row_constants(launch, C, h.dtype, a.is_complex(), a.dim() == 1, log, reverse, edges is not None)
     a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)
 
-    with torch.cuda.device_of(x):
-        carry = None
-        if chunks > 1:
-            summary, carry = summaries(B * chunks, C, final)
-            _linear_scan_fwd_kernel[grid](a, x, initial, None, edges, None, summary, T, launch.chunk, **kind)
-            run_carry(initial, summary, edges, carry, B, T, launch, C, PARTS=kind["PARTS"], BACKWARD=False)
-        _linear_scan_fwd_kernel[grid](a, x, initial, carry, edges, h_out, final_out, T, launch.chunk, **kind)
+    carry = None
+    if chunks > 1:
+        summary, carry = summaries(B * chunks, C, final)
+        start(_linear_scan_fwd_kernel, grid, (a, x, initial, None, edges, None, summary), numbers, kind)
+        run_carry(initial, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=False)
+    start(_linear_scan_fwd_kernel, grid, (a, x, initial, carry, edges, h_out, final_out), numbers, kind)
     return h, final
 
 
-def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: bool, reverse: bool) -> dict[str, Any]:
-    """Return what both kernels are compiled for."""
-    C, parts, exact = h.shape[2], 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
-    itemsize = 8 if h.dtype in (torch.float64, torch.complex128) else 4
-    return {
-        "STEP": -C if reverse else C,
-        "PARTS": parts,
-        "EXACT": exact,
-        "FIXED": a.dim() == 1,
-        "LOG": log,
-        "ROWS": scan_rows(itemsize, parts, exact, edges is not None),
-        "STAGES": launch.stages,
+@lru_cache
+def row_constants(
+    launch: Launch,
+    C: int,
+    dtype: torch.dtype,
+    is_complex: bool,
+    fixed: bool,
+    log: bool,
+    reverse: bool,
+    packed: bool,
+    state_dtype: torch.dtype | None = None,
+) -> Constants:
+    """Return what a kernel that walks along time is compiled for; ``dtype`` is that of h.
+
+    The backward kernel, some of whose states are not there, is told their dtype.
+    """
+    parts, exact = 2 if is_complex else 1, dtype.itemsize >= 4
+    itemsize = 8 if dtype in (torch.float64, torch.complex128) else 4
+    backward = {}
+    if state_dtype is not None:
+        backward["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
+    return constants(
+        STEP=-C if reverse else C,
+        PARTS=parts,
+        EXACT=exact,
+        FIXED=fixed,
+        LOG=log,
+        ROWS=scan_rows(itemsize, parts, exact, packed),
+        STAGES=launch.stages,
+        **backward,
         **launch.options(C),
-    }
+    )
 
 
 def as_parts(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -20,8 +20,9 @@ from fastwkv.kernels.arithmetic import (
     times_sum,
 )
 from fastwkv.kernels.config import Launch
+from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
-from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, options, sequence_of, summaries
+from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, row_constants, sequence_of, summaries
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.packing import packed_edges
 
@@ -196,30 +197,29 @@ def linear_scan_bwd(
     B, T, C = h.shape[:3]
     state_dtype = scan_dtypes(a, h)[1]
     launch = launch or scan_launch_for(h, backward=True)
-    chunks = triton.cdiv(T, launch.chunk)
+    chunks = -(-T // launch.chunk)
     gx = torch.empty_like(h, dtype=dtype) if gx is None else gx
     ga = h.new_empty(B * chunks, C, dtype=state_dtype) if a.dim() == 1 else torch.empty_like(a)
     ginitial = h.new_empty(0, dtype=state_dtype) if initial is None else torch.empty_like(initial)
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T, reverse)
-    grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, edges, log, reverse)
-    parts = kind["PARTS"]
-    kind["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
+    fixed = a.dim() == 1
+    grid = (B * chunks, -(-C // launch.block_c))
+    numbers = (T, launch.chunk)
+    kind = row_constants(launch, C, h.dtype, a.is_complex(), fixed, log, reverse, edges is not None, state_dtype)
     a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)
     outputs = as_parts(ga, gx, None if initial is None else ginitial)
 
-    with torch.cuda.device_of(h):
-        carry = None
-        if chunks > 1:
-            summary, carry = summaries(B * chunks, C, ginitial)
-            _linear_scan_bwd_kernel[grid](
-                a_in, h_in, gh, initial, None, edges, gfinal, None, None, summary, T, launch.chunk, **kind
-            )
-            run_carry(gfinal, summary, edges, carry, B, T, launch, C, PARTS=parts, BACKWARD=True)
-        _linear_scan_bwd_kernel[grid](a_in, h_in, gh, initial, carry, edges, gfinal, *outputs, T, launch.chunk, **kind)
-        if a.dim() == 1:
-            ga = ga.sum(0).to(a.dtype)
+    inputs = (a_in, h_in, gh, initial)
+
+    carry = None
+    if chunks > 1:
+        summary, carry = summaries(B * chunks, C, ginitial)
+        start(_linear_scan_bwd_kernel, grid, (*inputs, None, edges, gfinal, None, None, summary), numbers, kind)
+        run_carry(gfinal, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
+    start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal, *outputs), numbers, kind)
+    if fixed:
+        ga = ga.sum(0).to(a.dtype)
     return ga, gx, ginitial
 
 

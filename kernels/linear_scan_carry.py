@@ -1,6 +1,6 @@
 """The linear scan between chunks: a scan over their summaries, in either direction. See linear_scan.py."""
 
-from typing import Any
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastwkv.kernels.arithmetic import filled, load, plus_sum, rounded_sum, store, times_state
 from fastwkv.kernels.config import CARRY_GROUP, Launch
+from fastwkv.kernels.held import Constants, constants, start
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -59,9 +60,23 @@ def _linear_scan_carry_kernel(
 
 
 def run_carry(
-    entry: Any, summary: Any, edges: Tensor | None, carry: Any, B: int, T: int, launch: Launch, C: int, **kind: Any
+    entry: Tensor | None,
+    summary: Tensor | None,
+    edges: Tensor | None,
+    carry: Tensor | None,
+    B: int,
+    T: int,
+    launch: Launch,
+    C: int,
+    parts: int,
+    backward: bool,
 ) -> None:
     """Scan the summaries of the chunks."""
-    grid = (B, triton.cdiv(C, launch.block_c))
-    kind |= launch.options(C)
-    _linear_scan_carry_kernel[grid](entry, summary, edges, carry, T, launch.chunk, GROUP=CARRY_GROUP, **kind)
+    grid = (B, -(-C // launch.block_c))
+    kind = _constants(launch, C, parts, backward)
+    start(_linear_scan_carry_kernel, grid, (entry, summary, edges, carry), (T, launch.chunk), kind)
+
+
+@lru_cache
+def _constants(launch: Launch, C: int, parts: int, backward: bool) -> Constants:
+    return constants(PARTS=parts, BACKWARD=backward, GROUP=CARRY_GROUP, **launch.options(C))

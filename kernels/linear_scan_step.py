@@ -1,5 +1,7 @@
 """One token of the linear recurrence on a GPU, for text that is generated: h_t = a_t h_{t-1} + x_t."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from fastwkv.kernels.arithmetic import exp_sum, filled, load, plus_sum, rounded_sum, store, times_sum
 from fastwkv.kernels.config import FP_FUSION
+from fastwkv.kernels.held import Constants, constants, start
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
 
@@ -44,9 +47,12 @@ def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
     """Run one token: the state after it, ``[B, C]``."""
     h = torch.empty_like(state)
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in (a, x, state, h)]
-    with torch.cuda.device_of(x):
-        _linear_scan_step_kernel[(triton.cdiv(state.numel(), BLOCK),)](
-            *parts, state.numel(), C=state.shape[1], PARTS=2 if state.is_complex() else 1, FIXED=a.dim() == 1, LOG=log,
-            BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+    size, kind = state.numel(), _constants(state.shape[1], state.is_complex(), a.dim() == 1, log)
+    start(_linear_scan_step_kernel, (-(-size // BLOCK),), parts, (size,), kind)
     return h
+
+
+@lru_cache
+def _constants(C: int, is_complex: bool, fixed: bool, log: bool) -> Constants:
+    parts = 2 if is_complex else 1
+    return constants(C=C, PARTS=parts, FIXED=fixed, LOG=log, BLOCK=BLOCK, enable_fp_fusion=FP_FUSION)

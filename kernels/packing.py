@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels.held import constants, start
+
 BLOCK = 512  # tokens a program of four warps
 
 
@@ -53,8 +55,6 @@ def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     """
     cu_seqlens = cu_seqlens.contiguous()
     edges = torch.empty(T, dtype=torch.int32, device=cu_seqlens.device)
-    with torch.cuda.device_of(cu_seqlens):
-        _packed_edges_kernel[(triton.cdiv(T, BLOCK),)](
-            cu_seqlens, edges, cu_seqlens.shape[0] - 1, T, REVERSE=reverse, BLOCK=BLOCK
-        )
+    numbers, kind = (cu_seqlens.shape[0] - 1, T), constants(REVERSE=reverse, BLOCK=BLOCK)
+    start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, kind)
     return edges

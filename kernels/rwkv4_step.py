@@ -9,12 +9,15 @@ A token of one text reads every weight once and does next to nothing with it: be
 kernels. Every sum is of float32 (float64 in a float64 model), every result rounded once.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.config import FP_FUSION
+from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_step import BLOCK, run_step
 
 ELEMENTS_PER_WARP = 256  # of LayerNorm: 8 a lane, in seven rows, which one multiprocessor reads for each text
@@ -81,14 +84,9 @@ def norm_mix_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, before: Tenso
     """Return two or three mixtures of LN(x) ``[B, C]`` and what was before it, one below the other; keep LN(x)."""
     B, C = x.shape
     mixed = x.new_empty(len(mixes), B, C)
-    block = triton.next_power_of_2(C)
-    mixes = [mix.contiguous() for mix in mixes]
-    with torch.cuda.device_of(x):
-        _norm_mix_kernel[(B,)](
-            x, weight.contiguous(), bias.contiguous(), before, mixes[0], mixes[1], mixes[2] if mixes[2:] else None,
-            mixed, C=C, EPS=eps, BLOCK=block, ACC=_sums(x), num_warps=min(16, max(1, block // ELEMENTS_PER_WARP)),
-            enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+    first, second, *third = (mix.contiguous() for mix in mixes)
+    tensors = (x, weight.contiguous(), bias.contiguous(), before, first, second, third[0] if third else None, mixed)
+    start(_norm_mix_kernel, (B,), tensors, (), _norm_constants(C, eps, x.dtype))
     return mixed
 
 
@@ -103,19 +101,33 @@ def wkv_step_gated_(
 
 def relu_squared_(x: Tensor) -> None:
     """Set x to max(x, 0)²."""
-    with torch.cuda.device_of(x):
-        _relu_squared_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x, x.numel(), BLOCK=BLOCK, ACC=_sums(x), enable_fp_fusion=FP_FUSION
-        )
+    size = x.numel()
+    start(_relu_squared_kernel, (-(-size // BLOCK),), (x,), (size,), _block_constants(x.dtype))
 
 
 def add_gated_(x: Tensor, r: Tensor, y: Tensor, factor: float) -> None:
     """Add factor σ(r) ⊙ y to x."""
-    with torch.cuda.device_of(x):
-        _add_gated_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x, r, y, factor, x.numel(), BLOCK=BLOCK, ACC=_sums(x), enable_fp_fusion=FP_FUSION
-        )
+    size = x.numel()
+    start(_add_gated_kernel, (-(-size // BLOCK),), (x, r, y), (factor, size), _block_constants(x.dtype))
 
 
-def _sums(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+@lru_cache
+def _norm_constants(C: int, eps: float, dtype: torch.dtype) -> Constants:
+    block = triton.next_power_of_2(C)
+    return constants(
+        C=C,
+        EPS=eps,
+        BLOCK=block,
+        ACC=_sums(dtype),
+        num_warps=min(16, max(1, block // ELEMENTS_PER_WARP)),
+        enable_fp_fusion=FP_FUSION,
+    )
+
+
+@lru_cache
+def _block_constants(dtype: torch.dtype) -> Constants:
+    return constants(BLOCK=BLOCK, ACC=_sums(dtype), enable_fp_fusion=FP_FUSION)
+
+
+def _sums(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -43,10 +43,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
-from fastwkv.kernels.config import CARRY_GROUP, FORWARD_REGISTERS, Launch, checkpoint_rows
-from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for, registers
+from fastwkv.kernels.config import FORWARD_REGISTERS, Launch
+from fastwkv.kernels.held import start
+from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for
 from fastwkv.kernels.packing import packed_edges
-from fastwkv.kernels.wkv_carry import _wkv_carry_kernel
+from fastwkv.kernels.wkv_carry import _wkv_carry_kernel, carry_constants
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
@@ -54,6 +55,7 @@ from fastwkv.kernels.wkv_state import (
     enter,
     load_rate,
     load_state,
+    row_constants,
     run_end,
     store_aged,
     weigh,
@@ -198,7 +200,7 @@ def wkv_fwd(
     B, T, C = k.shape
     acc = accumulation_dtype(w, u, k, v)
     launch = launch or launch_for(k)
-    chunks = triton.cdiv(T, launch.chunk)
+    chunks = -(-T // launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty_like(v)
     final = k.new_empty(3, N, C, dtype=acc)
@@ -206,24 +208,16 @@ def wkv_fwd(
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T)
     w, u = w.contiguous(), u.contiguous()
-    grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    options = launch.options(C)
-    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": launch.stages, **registers(FORWARD_REGISTERS)}
+    grid = (B * chunks, -(-C // launch.block_c))
+    numbers = (N, T, launch.chunk)
+    kind = row_constants(launch, C, acc, FORWARD_REGISTERS)
 
-    with torch.cuda.device_of(k):
-        carry = None
-        if chunks > 1:
-            # Not one tensor: were C odd, the number of chunks would decide whether its second half is aligned.
-            summary, carry = (k.new_empty(3, B * chunks, C, dtype=acc) for _ in range(2))
-            _wkv_fwd_kernel[grid](
-                w, u, k, v, initial, None, edges, None, None, summary, N, T, launch.chunk,
-                **tiles, **options,
-            )  # fmt: skip
-            _wkv_carry_kernel[B, grid[1]](
-                w, initial, summary, edges, carry, N, T, launch.chunk, GROUP=CARRY_GROUP, **options
-            )
-        _wkv_fwd_kernel[grid](
-            w, u, k, v, initial, carry, edges, y, checkpoints if save else None, final, N, T, launch.chunk,
-            **tiles, **options,
-        )  # fmt: skip
+    carry = None
+    if chunks > 1:
+        # Not one tensor: were C odd, the number of chunks would decide whether its second half is aligned.
+        summary, carry = (k.new_empty(3, B * chunks, C, dtype=acc) for _ in range(2))
+        start(_wkv_fwd_kernel, grid, (w, u, k, v, initial, None, edges, None, None, summary), numbers, kind)
+        start(_wkv_carry_kernel, (B, grid[1]), (w, initial, summary, edges, carry), numbers, carry_constants(launch, C))
+    saved = checkpoints if save else None
+    start(_wkv_fwd_kernel, grid, (w, u, k, v, initial, carry, edges, y, saved, final), numbers, kind)
     return y, final, checkpoints

@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
-from fastwkv.kernels.config import BACKWARD_REGISTERS, CARRY_GROUP, Launch, checkpoint_rows
-from fastwkv.kernels.launch import launch_for, registers
+from fastwkv.kernels.config import BACKWARD_REGISTERS, Launch
+from fastwkv.kernels.held import start
+from fastwkv.kernels.launch import launch_for
 from fastwkv.kernels.packing import packed_edges
-from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel
+from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel, carry_constants
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
@@ -17,6 +18,7 @@ from fastwkv.kernels.wkv_state import (
     leave,
     load_rate,
     load_state,
+    row_constants,
     run_begin,
     tiny,
     weigh,
@@ -258,7 +260,7 @@ def wkv_bwd(
     B, T, C = k.shape
     acc = checkpoints.dtype
     launch = launch or launch_for(k, backward=True)
-    chunks = triton.cdiv(T, launch.chunk)
+    chunks = -(-T // launch.chunk)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gk, gv = torch.empty_like(k), torch.empty_like(v)
     gwu = k.new_empty(2, B * chunks, C, dtype=acc)
@@ -266,22 +268,19 @@ def wkv_bwd(
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T)
     rates = (w.contiguous(), u.contiguous())
-    grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    options = launch.options(C)
-    tiles = {"ROWS": checkpoint_rows(acc.itemsize), "STAGES": launch.stages, **registers(BACKWARD_REGISTERS)}
+    grid = (B * chunks, -(-C // launch.block_c))
+    numbers = (N, T, launch.chunk)
+    kind = row_constants(launch, C, acc, BACKWARD_REGISTERS)
     inputs = (*rates, k, v, gy, checkpoints, initial, edges, gfinal)
 
-    with torch.cuda.device_of(k):
-        carry = None
-        if chunks > 1:
-            summary = k.new_empty(4, B * chunks, C, dtype=acc)
-            carry = k.new_empty(2, B * chunks, C, dtype=acc)
-            _wkv_bwd_kernel[grid](*inputs, None, None, None, summary, None, N, T, launch.chunk, **tiles, **options)
-            _wkv_bwd_carry_kernel[B, grid[1]](
-                gfinal, summary, edges, carry, N, T, launch.chunk, GROUP=CARRY_GROUP, **options
-            )
-        _wkv_bwd_kernel[grid](
-            *inputs, carry, gk, gv, gwu, None if initial is None else ginitial, N, T, launch.chunk, **tiles, **options
-        )
-        gw, gu = (terms.sum(0) for terms in gwu)  # each in a storage of its own
+    carry = None
+    if chunks > 1:
+        summary = k.new_empty(4, B * chunks, C, dtype=acc)
+        carry = k.new_empty(2, B * chunks, C, dtype=acc)
+        start(_wkv_bwd_kernel, grid, (*inputs, None, None, None, summary, None), numbers, kind)
+        ends = (gfinal, summary, edges, carry)
+        start(_wkv_bwd_carry_kernel, (B, grid[1]), ends, numbers, carry_constants(launch, C))
+    outputs = (gk, gv, gwu, None if initial is None else ginitial)
+    start(_wkv_bwd_kernel, grid, (*inputs, carry, *outputs), numbers, kind)
+    gw, gu = (terms.sum(0) for terms in gwu)  # each in a storage of its own
     return gw.to(w.dtype), gu.to(u.dtype), gk, gv, ginitial

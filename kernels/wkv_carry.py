@@ -1,9 +1,13 @@
 """WKV between chunks: scans over their summaries, forward and backward. wkv.py holds the mathematics."""
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
 from fastwkv.kernels.arithmetic import negated
+from fastwkv.kernels.config import CARRY_GROUP, Launch
+from fastwkv.kernels.held import Constants, constants
 from fastwkv.kernels.wkv_state import absorb, empty_state, load_rate, load_state, store_aged
 
 
@@ -105,3 +109,9 @@ def _wkv_bwd_carry_kernel(
                 ends = ((last_edge & 2) != 0) | ((first_edge >> 2) != (last_edge >> 2))
                 gl = tl.where(ends, cl, gl)
                 gm = tl.where(ends, cm, gm)
+
+
+@lru_cache
+def carry_constants(launch: Launch, C: int) -> Constants:
+    """Return what the kernels between chunks are compiled for."""
+    return constants(GROUP=CARRY_GROUP, **launch.options(C))

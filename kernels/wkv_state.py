@@ -1,9 +1,14 @@
 """What the WKV kernels share: constants, weights, and states in registers and in memory. See wkv.py."""
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 
 from fastwkv.kernels.arithmetic import LOG2_E, negated, two_sum
+from fastwkv.kernels.config import Launch, checkpoint_rows
+from fastwkv.kernels.held import Constants, constants
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
@@ -131,3 +136,10 @@ def leave(edge, gfinal_ptr, C, c, in_c, field, gm, gl, a, b):
         a = tl.zeros_like(a)
         b = tl.zeros_like(b)
     return gm, gl, a, b
+
+
+@lru_cache
+def row_constants(launch: Launch, C: int, acc: torch.dtype, registers: int) -> Constants:
+    """Return what the kernels that walk along time are compiled for; AMD's compiler bounds no registers."""
+    bound = {} if torch.version.hip else {"maxnreg": registers}
+    return constants(ROWS=checkpoint_rows(acc.itemsize), STAGES=launch.stages, **bound, **launch.options(C))

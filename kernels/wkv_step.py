@@ -10,6 +10,8 @@ Moved at every token, a state would be off by the rounding of the same factor ev
 by stays in p, which has the digits for it.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, two_sum
 from fastwkv.kernels.config import FP_FUSION
+from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
@@ -130,8 +133,11 @@ def run_step(
     out: tuple[Tensor, ...],
 ) -> None:
     """Start the kernel. Each field of ``out`` is that of the state, or memory of its own."""
-    with torch.cuda.device_of(k):
-        _wkv_step_kernel[(triton.cdiv(k.numel(), BLOCK),)](
-            w.contiguous(), u.contiguous(), k, v, *state, r, y, *out, k.numel(), k.shape[1],
-            BLOCK=BLOCK, enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
+    size = k.numel()
+    tensors = (w.contiguous(), u.contiguous(), k, v, *state, r, y, *out)
+    start(_wkv_step_kernel, (-(-size // BLOCK),), tensors, (size,), _constants(k.shape[1]))
+
+
+@lru_cache
+def _constants(C: int) -> Constants:
+    return constants(C=C, BLOCK=BLOCK, enable_fp_fusion=FP_FUSION)

@@ -11,11 +11,11 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Return ``function.apply(*inputs)``, where every input of ``forward`` is given and none by name.
 
     ``apply`` reads the signature of ``forward`` at every call, to fill in defaults: three quarters of what it costs.
-    What it does after that is done here, but for transforms of functions and compilers, which look for ``apply`` itself.
+    What it does after that is done here; transforms of functions and compilers look for ``apply`` itself.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
 def differentiated(inputs: list[Tensor]) -> bool:

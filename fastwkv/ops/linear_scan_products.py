@@ -34,7 +34,9 @@ def scan_between_products(
 
     """
     initial = None if initial is None else plain(initial)
-    y, _, final = apply(_ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens, edges_of(cu_seqlens, u.shape[1]))
+    y, _, final = apply(
+        _ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens, edges_of(cu_seqlens, u.shape[1])
+    )
     return y, final
 
 
