@@ -20,7 +20,7 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
 
 def differentiated(inputs: list[Tensor]) -> bool:
     """Whether a derivative may be asked for, in reverse or in forward mode."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and True in [t.requires_grad for t in inputs]:
         return True
     return in_forward_mode()
 
