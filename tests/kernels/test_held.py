@@ -28,7 +28,7 @@ def test_launches_of_one_key_are_launches_of_one_of_tritons_keys():
     found = ask("keys")
     assert found["wrong"] == []
     assert found["kernels of a key"] == 1
-    assert found["without Triton"] == 800
+    assert found["past Triton"] == found["calls"] > 500
     assert found["kernels"] > 200  # a key of everything would be right, and no launch a second one
     assert found["keys"] < 2 * found["kernels"]
 
