@@ -6,10 +6,11 @@ process, the least of several rounds in which all are timed in turn. A machine w
 nothing take its place; on a GPU the launches are real, and the GPU waits for the host. Written to host.json as well.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 try:
@@ -232,8 +233,6 @@ def measure(on: torch.device, rounds: int, times: int) -> list[dict[str, Any]]:
         if on.type == "cpu":
             stack.enter_context(stand_in(compiles=False))
             stack.callback(_launchers_on_cpu()._destroy)
-        else:
-            stack.enter_context(nullcontext())
         inputs = {form: Inputs(shape, on) for form, shape in SHAPES.items()}
         empty = Empty(inputs["one chunk"])
         stack.callback(empty.library._destroy)
@@ -241,7 +240,7 @@ def measure(on: torch.device, rounds: int, times: int) -> list[dict[str, Any]]:
         return rows(timed, microseconds(timed, rounds, times))
 
 
-def arguments() -> Parser:
+def _parser() -> Parser:
     parser = parser_of("host.py", __doc__ or "")
     add_device(parser)
     parser.add_argument("--rounds", type=positive, default=20, help="rounds, of which the least counts (default: 20)")
@@ -250,14 +249,16 @@ def arguments() -> Parser:
     return parser
 
 
-def main() -> None:
-    parser = arguments()
-    given = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
     on = device(given.device, parser)
     settings = {"rounds": given.rounds, "times": given.times, "driver": "none" if on.type == "cpu" else "the GPU's"}
     record = about_run("host", on, settings | {"triton_held": held._KNOWN, "triton": triton.__version__})
     path = given.out / "host.json"
     result_file.check(path, record["device"], parser)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("kernels are interpreted here, which is no launch; unset TRITON_INTERPRET")
     record["rows"] = measure(on, given.rounds, given.times)
     print(table(record["rows"]))
     result_file.write(path, record)
