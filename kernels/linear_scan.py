@@ -221,7 +221,7 @@ def linear_scan_fwd(
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, edges, log, reverse)
+    kind = options(launch, a, h, edges, log, reverse, backward=False)
     a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)
 
     with torch.cuda.device_of(x):
@@ -234,8 +234,10 @@ def linear_scan_fwd(
     return h, final
 
 
-def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: bool, reverse: bool) -> dict[str, Any]:
-    """Return what both kernels are compiled for."""
+def options(
+    launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: bool, reverse: bool, *, backward: bool
+) -> dict[str, Any]:
+    """Return what a pass is compiled for."""
     C, parts, exact = h.shape[2], 2 if a.is_complex() else 1, h.dtype.itemsize >= 4
     itemsize = 8 if h.dtype in (torch.float64, torch.complex128) else 4
     return {
@@ -244,7 +246,7 @@ def options(launch: Launch, a: Tensor, h: Tensor, edges: Tensor | None, log: boo
         "EXACT": exact,
         "FIXED": a.dim() == 1,
         "LOG": log,
-        "ROWS": scan_rows(itemsize, parts, exact, edges is not None),
+        "ROWS": scan_rows(itemsize, parts, exact, edges is not None, backward),
         "STAGES": launch.stages,
         **launch.options(C),
     }

@@ -203,7 +203,7 @@ def linear_scan_bwd(
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T, reverse)
     grid = (B * chunks, triton.cdiv(C, launch.block_c))
-    kind = options(launch, a, h, edges, log, reverse)
+    kind = options(launch, a, h, edges, log, reverse, backward=True)
     parts = kind["PARTS"]
     kind["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
     a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)
