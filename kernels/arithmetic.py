@@ -11,6 +11,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def negated(x):
+    """Return -x, which costs nothing: LLVM makes this product a sign of the instruction that takes it.
+
+    Triton 3.6 compiles a minus sign to 0 - x, an addition, and often one that the next step waits for.
+    """
+    return x * -1.0
+
+
+@triton.jit
 def rows_of(tile, ROWS: tl.constexpr):
     """Return the 4, 8 or 16 rows of a tile [rows, channels], every lane holding a channel of each.
 
