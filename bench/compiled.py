@@ -6,8 +6,9 @@ it its variants. Of the main loop, for a lane, a token and a channel: instructio
 that a multiprocessor needs by the throughput of its units and the unit that sets them. Of the main loop, for a token:
 clocks of one warp alone, by what the instructions tell the scheduler, once as if loads answered at once and once as if
 they took 1400 clocks. "loads" and "stores" are the bytes a lane, the usual ones and after a slash the widest. "warps"
-are those that fit on a multiprocessor. All this is computed, not measured, and compiled.json has more of it: its rows
-are the Figures of compiled_gpu.py. A spill is an error: exit 1.
+are those that fit on a multiprocessor. All this is computed, not measured, and depends on the compiler: the file is
+named after the version of Triton, compiled-triton-3.9.json. It has more: its rows are the Figures of compiled_gpu.py. A
+spill is an error: exit 1.
 """
 
 import argparse
@@ -21,11 +22,12 @@ try:
     import unmeasured
     from command_line import Parser, add_out, names, positive
     from compiled_gpu import LOAD_CYCLES, Figures
-    from compiled_variants import DTYPES, TARGETS, VARIANTS, compile_variant
+    from compiled_variants import DTYPES, TARGETS, TRITON, VARIANTS, compile_variant
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
+FILE = f"compiled-triton-{TRITON}"
 COLUMNS = (
     "{kernel:<22} {dtype:<10} {target:<7} {registers:>9} {spilled:>8} {shared:>7} {instructions:>13} {special:>8} "
     "{loads:>6} {stores:>6} {bytes:>6} {warps:>6} {clocks:>7} {unit:>7} {cycles:>7} {waiting:>8}"
@@ -116,7 +118,7 @@ def main() -> None:
     wanted = jobs(args)
     if not wanted:
         parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
-    unmeasured.check(args.out, "compiled", parser)
+    unmeasured.check(args.out, FILE, parser)
     chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
     settings = {**chosen, "load_cycles": LOAD_CYCLES}
     record = unmeasured.record("compiled", settings)
@@ -128,7 +130,7 @@ def main() -> None:
     for row in rows:
         print(COLUMNS.format(**cells(row)))
     record["rows"] = [asdict(row) for row in rows]
-    unmeasured.write(args.out, record)
+    unmeasured.write(args.out, record, FILE)
     spilling = [row for row in rows if row.spilled_bytes]
     if spilling:
         sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")

@@ -37,6 +37,7 @@ from fastwkv.kernels.config import (
 )
 from fastwkv.kernels.linear_scan_carry import _linear_scan_carry_kernel
 
+TRITON = ".".join(triton.__version__.split(".")[:2])
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -118,7 +119,7 @@ def scan_variants(name: str, kernel: Any, rows: int, states: set[str], outputs: 
         variant(f"scan {name}", kernel, rows, set(), STEP=768, **gate),
         variant(f"scan {name}, fixed a", kernel, rows, set(), STEP=768, FIXED=True, LOG=False),
         variant(f"scan {name}, log a", kernel, rows, set(), STEP=-768, FIXED=False, LOG=True),
-        variant(f"scan {name}, packed", kernel, rows, {"edge_ptr", "carry_ptr", *states}, C=770, STEP=-770, **gate),
+        variant(f"scan {name}, packed", kernel, rows, {"edge_ptr", "carry_ptr", *states}, C=771, STEP=-771, **gate),
         variant(f"scan {name}, summary", kernel, rows, {"ginitial_ptr"}, outputs, STEP=768, **gate),
     ]
 
@@ -127,13 +128,13 @@ TILE = checkpoint_rows(4)  # of WKV, less in float64
 REGISTERS = {wkv._wkv_fwd_kernel: FORWARD_REGISTERS, wkv_bwd._wkv_bwd_kernel: BACKWARD_REGISTERS}
 VARIANTS = [
     variant("wkv forward", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}),
-    variant("wkv forward, odd C", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
-    variant("wkv forward, packed", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("wkv forward, odd C", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}, C=771),
+    variant("wkv forward, packed", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=771),
     variant("wkv forward, summary", wkv._wkv_fwd_kernel, TILE, set(), {"y_ptr"}),
     variant("wkv forward, carry", wkv_carry._wkv_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
     variant("wkv backward", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}),
-    variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=770),
-    variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=770),
+    variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=771),
+    variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=771),
     variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
     variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
@@ -183,7 +184,8 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     rows = variant.rows
     if variant.scan and rows == SCAN_ROWS:
         packed = "edge_ptr" not in variant.absent
-        rows = scan_rows(8 if acc == "fp64" else 4, 2 if dtype in COMPLEX else 1, exact, packed)
+        backward = variant.kernel is BACKWARD
+        rows = scan_rows(8 if acc == "fp64" else 4, 2 if dtype in COMPLEX else 1, exact, packed, backward)
     if not variant.scan and rows == TILE and acc == "fp64":
         rows = checkpoint_rows(8)
     block = BLOCKS.get(variant.kernel, launch.block_c)

@@ -11,9 +11,9 @@ from command_line import Parser
 DEVICE = {"type": "none", "name": "computed, nothing measured"}
 
 
-def check(folder: Path, benchmark: str, parser: Parser) -> None:
+def check(folder: Path, name: str, parser: Parser) -> None:
     """End the program if its results cannot be written into the folder, or would replace what is none of its own."""
-    result_file.check(folder / f"{benchmark}.json", DEVICE, parser)
+    result_file.check(folder / f"{name}.json", DEVICE, parser)
 
 
 def record(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -21,8 +21,8 @@ def record(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {"benchmark": benchmark, "device": DEVICE, **about_software(), "settings": settings, "rows": []}
 
 
-def write(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record and say where."""
-    path = folder / f"{record['benchmark']}.json"
+def write(folder: Path, record: dict[str, Any], name: str | None = None) -> None:
+    """Write the record, under the name of its benchmark unless it has another one, and say where."""
+    path = folder / f"{name or record['benchmark']}.json"
     result_file.write(path, record)
     print(f"\nwrote {path}")

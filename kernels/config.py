@@ -30,14 +30,15 @@ SCAN_ROWS = 16
 """Tokens of a tile of the linear scan's inputs. A chunk is a multiple of them."""
 
 
-def scan_rows(itemsize: int, parts: int, exact: bool, packed: bool) -> int:
+def scan_rows(itemsize: int, parts: int, exact: bool, packed: bool, backward: bool) -> int:
     """Tokens of a tile, for numbers of one part or two of ``itemsize`` bytes in registers, their sums exact or not.
 
-    In float64 16 tokens would spill in the backward pass. Unrolled 16 times, complex numbers take 9 seconds to compile
-    if sums are exact, and 17 if sequences are packed.
+    In float64 16 tokens would spill in the backward pass, and so they do in float32 where sequences are packed and rows
+    are not aligned. Unrolled 16 times, complex numbers take 9 seconds to compile if sums are exact, and 17 if sequences
+    are packed.
     """
     rows = SCAN_ROWS * 4 // itemsize
-    return rows // 2 if parts == 2 and (exact or packed) else rows
+    return rows // 2 if (parts == 2 and (exact or packed)) or (packed and backward) else rows
 
 
 FP_FUSION = False

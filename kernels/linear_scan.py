@@ -247,24 +247,25 @@ def row_constants(
     packed: bool,
     state_dtype: torch.dtype | None = None,
 ) -> Constants:
-    """Return what a kernel that walks along time is compiled for; ``dtype`` is that of h.
+    """Return what a pass is compiled for; ``dtype`` is that of h, and ``state_dtype`` None in the forward pass.
 
-    The backward kernel, some of whose states are not there, is told their dtype.
+    The backward kernel, some of whose states may be absent, is told their dtype.
     """
     parts, exact = 2 if is_complex else 1, dtype.itemsize >= 4
     itemsize = 8 if dtype in (torch.float64, torch.complex128) else 4
-    backward = {}
+    backward = state_dtype is not None
+    accumulator = {}
     if state_dtype is not None:
-        backward["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
+        accumulator["ACC"] = tl.float64 if state_dtype.to_real() == torch.float64 else tl.float32
     return constants(
         STEP=-C if reverse else C,
         PARTS=parts,
         EXACT=exact,
         FIXED=fixed,
         LOG=log,
-        ROWS=scan_rows(itemsize, parts, exact, packed),
+        ROWS=scan_rows(itemsize, parts, exact, packed, backward),
         STAGES=launch.stages,
-        **backward,
+        **accumulator,
         **launch.options(C),
     )
 

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels.arithmetic import negated
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
-from fastwkv.kernels.wkv_step import BLOCK, run_step
+from fastwkv.kernels.wkv_step import BLOCK, run_step, wait_for_reads
 
 ELEMENTS_PER_WARP = 256  # of LayerNorm: 8 a lane, in seven rows, which one multiprocessor reads for each text
 
@@ -56,6 +57,7 @@ def _norm_mix_kernel(
     x = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
     y = x / tl.sqrt(tl.sum(x * x, 0) / C + EPS) * weight + bias
     y = y.to(before_ptr.dtype.element_ty).to(ACC)  # as the next token will find it
+    wait_for_reads()
     tl.store(before_ptr + i, y, mask=inside)
     tl.store(mixed_ptr + i, _mixed(y, before, mix0_ptr, c, inside), mask=inside)
     tl.store(mixed_ptr + step + i, _mixed(y, before, mix1_ptr, c, inside), mask=inside)
@@ -68,6 +70,7 @@ def _relu_squared_kernel(x_ptr, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < size, other=0.0).to(ACC)
     x = tl.where(x < 0, 0.0, x)  # NaN stays
+    wait_for_reads()
     tl.store(x_ptr + i, x * x, mask=i < size)
 
 
@@ -77,7 +80,13 @@ def _add_gated_kernel(x_ptr, r_ptr, y_ptr, factor, size, BLOCK: tl.constexpr, AC
     x = tl.load(x_ptr + i, mask=i < size, other=0.0).to(ACC)
     r = tl.load(r_ptr + i, mask=i < size, other=0.0).to(ACC)
     y = tl.load(y_ptr + i, mask=i < size, other=0.0).to(ACC)
-    tl.store(x_ptr + i, x + factor * (y / (1 + tl.exp(-r))), mask=i < size)
+    wait_for_reads()
+    tl.store(x_ptr + i, x + factor * (y / (1 + tl.exp(negated(r)))), mask=i < size)
+
+
+def norm_warps(block: int) -> int:
+    """Return the warps of a LayerNorm of a row of ``block`` elements, a power of two."""
+    return min(16, max(1, block // ELEMENTS_PER_WARP))
 
 
 def norm_mix_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, before: Tensor, mixes: list[Tensor]) -> Tensor:
@@ -119,7 +128,7 @@ def _norm_constants(C: int, eps: float, dtype: torch.dtype) -> Constants:
         EPS=eps,
         BLOCK=block,
         ACC=_sums(dtype),
-        num_warps=min(16, max(1, block // ELEMENTS_PER_WARP)),
+        num_warps=norm_warps(block),
         enable_fp_fusion=FP_FUSION,
     )
 

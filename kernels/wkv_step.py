@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, two_sum
+from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, negated, two_sum
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, weightless
@@ -31,13 +31,24 @@ SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
+def wait_for_reads():
+    """Let no lane of the program write before all have read; belongs before a store over what was loaded.
+
+    Where a program has more lanes than elements, or a load is laid out over the lanes in another way than a store, an
+    element is read by other lanes than the one that writes it, and nothing else makes that one wait. The layouts follow
+    from sizes, dtypes, alignments and Triton's version; a barrier depends on none of them.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
 def _exp(x):
     """Return e^x of an x up to 64. A GPU's own exponential rounds x log2 e, and at 60 is 2e-6 off."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
         n = tl.floor(x * LOG2_E + 0.5)
-        r = tl.fma(-n, 1.4286068203094173e-06, tl.fma(-n, 0.693145751953125, x))  # ln 2, its first digits apart
+        r = tl.fma(n, -1.4286068203094173e-06, tl.fma(n, -0.693145751953125, x))  # ln 2, its first digits apart
         return tl.where(x < -87, 0.0, tl.exp2(n) * tl.exp2(r * LOG2_E))
 
 
@@ -45,10 +56,10 @@ def _exp(x):
 def _add(num, den, d, d_low, v):
     """Add a token to the past, d + d_low heavier than it. Returns the sums and whether the past keeps its scale."""
     near = (d >= 0) | ((d >= -REACH) & (tl.abs(v) < MODERATE))
-    d = tl.where(near, -d, d)
+    d = tl.where(near, negated(d), d)
     e = _exp(d)
     d_low = tl.where(tl.abs(d_low) < 1, d_low, 0.0)  # NaN where infinities met
-    e = tl.fma(e, tl.where(near, -d_low, d_low), e)
+    e = tl.fma(e, tl.where(near, negated(d_low), d_low), e)
     past = tl.where(near, 1.0, e)
     now = tl.where(near, e, 1.0)
     return tl.fma(past, num, now * v), tl.fma(past, den, now), near
@@ -85,17 +96,17 @@ def _wkv_step_kernel(
     p = tl.load(max_ptr + i, mask=inside, other=0.0)
     num, den, p = weightless(num, den, p)
 
-    gap, gap_low = two_sum(p, -k)
-    d, d_low = two_sum(gap, -u)
+    gap, gap_low = two_sum(p, negated(k))
+    d, d_low = two_sum(gap, negated(u))
     y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
     y = y_num / at_least_tiny(y_den, False)
     if r_ptr is not None:
-        y /= 1 + tl.exp(-tl.load(r_ptr + i, mask=inside, other=0.0).to(ACC))
+        y /= 1 + tl.exp(negated(tl.load(r_ptr + i, mask=inside, other=0.0).to(ACC)))
     tl.store(y_ptr + i, y, mask=inside)
 
-    d, d_low = two_sum(gap, -w)
+    d, d_low = two_sum(gap, negated(w))
     num, den, near = _add(num, den, d, gap_low + d_low, v)
-    aged, error = two_sum(p, -w)
+    aged, error = two_sum(p, negated(w))
     p = tl.where(near, aged, k)
     error = tl.where(near & (tl.abs(error) < 1), error, 0.0)
 
@@ -107,6 +118,7 @@ def _wkv_step_kernel(
     p = tl.where(moves, low / factor + error, p)
     p = tl.where(den == den, p, 0.0)  # after a NaN it may be anything, and -inf would be an empty state
     gone = p <= 0.9 * NO_PAST
+    wait_for_reads()
     tl.store(num_out_ptr + i, tl.where(gone, 0.0, num * factor), mask=inside)
     tl.store(den_out_ptr + i, tl.where(gone, 0.0, den * factor), mask=inside)
     tl.store(max_out_ptr + i, tl.where(gone, -float("inf"), p), mask=inside)

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def python(code: str, cwd: Path = REPOSITORY) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,14 +55,12 @@ def test_kernels_folder_is_no_package_of_its_own():
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.timeout(600)
 def test_wheel_and_sdist_hold_every_module_and_run(tmp_path):
     pytest.importorskip("build")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, REPOSITORY],
         check=True,
         capture_output=True,
-        timeout=240,
     )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"fastwkv-{fastwkv.__version__}-py3-none-any.whl"

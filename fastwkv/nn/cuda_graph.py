@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 _RECORDING = threading.Lock()  # the stream that is recorded is one for all
-_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator may go on asking them whose memory it hands out
+_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator of host memory may go on asking them whose it is
 
 
 class RecordingError(RuntimeError):
@@ -55,11 +55,12 @@ class Graph:
                 with torch.cuda.stream(side):
                     body()
                     try:
-                        _record(graph, body)
-                    except RuntimeError as error:
-                        _FAILED.append(graph)
+                        _record(graph, body, self._device)
+                    except BaseException as error:
                         self._release_generators()
-                        raise RecordingError(str(error).partition("\n")[0]) from error
+                        if isinstance(error, RuntimeError):
+                            raise RecordingError(str(error).partition("\n")[0]) from error
+                        raise
             finally:
                 before.wait_stream(side)
         self._graph = graph
@@ -76,16 +77,42 @@ class Graph:
         self._graph.replay()
 
 
-def _record(graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:
+def _record(graph: torch.cuda.CUDAGraph, body: Callable[[], None], device: torch.device) -> None:
+    pool = torch.cuda.graph_pool_handle()  # its own as any other, but known when the graph does not tell it
     with _no_garbage_collection():  # which might free what must not be freed meanwhile
-        graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the GPU
         try:
-            body()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on using the GPU
+            try:
+                body()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the first error says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the first error says more
-                graph.capture_end()
+            _abandon(graph, pool, device)
             raise
-        graph.capture_end()
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """Take back what a recording has asked of PyTorch's allocator, wherever it has failed.
+
+    What ``capture_begin`` starts, ``capture_end`` ends step by step, and not at all if CUDA has given up the recording.
+    Left open, the pool makes every allocation ask whose it is, keeps what the recording has allocated for good, and
+    memory that two streams have used is not given back by any part of the program.
+    """
+    old = "_cuda_endAllocateCurrentStreamToPool"  # as it is called in PyTorch 2.7
+    end = getattr(torch._C, old if hasattr(torch._C, old) else "_cuda_endAllocateToPool")
+    with contextlib.suppress(RuntimeError):  # it has ended, or never begun
+        end(device.index, pool)
+    try:
+        graph.pool()  # of a recording that was complete, and has its memory released by reset()
+    except RuntimeError:
+        _FAILED.append(graph)
+        with contextlib.suppress(RuntimeError):  # it has never begun
+            torch._C._cuda_releasePool(device.index, pool)
+    with contextlib.suppress(RuntimeError):
+        graph.reset()
 
 
 @functools.cache

@@ -4,10 +4,14 @@ A block of rwkv4_layers.py is about 25 operations a token, here it is 12: sums, 
 residuals are added by the products, and states change where they are.
 """
 
-from typing import TYPE_CHECKING, TypeGuard, cast
+from collections.abc import Iterable
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.modules import module as hooks
 
 from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
@@ -17,7 +21,26 @@ from fastwkv.ops.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_ste
 if TYPE_CHECKING:
     from fastwkv.nn.rwkv4 import RWKV4
 
-_KNOWN = {RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
+# Modules as they are built, level by level below the model: its ends, the blocks, their layers, and those of layers.
+_VECTORS: set[type] = {nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix}  # whose parameters are a number a channel
+_LEVELS: list[set[type]] = [
+    {nn.Embedding, nn.ModuleList, nn.LayerNorm, nn.Linear},
+    {RWKV4Block},
+    _VECTORS,
+    {nn.Linear},
+]
+_VECTOR_NAMES = {
+    ("weight", "bias"),
+    ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance"),
+    ("time_mix_key", "time_mix_receptance"),
+}
+_PLAIN: set[type] = {Tensor, nn.Parameter}  # others have products of their own
+_NONE = {type(None)}
+
+# What a module keeps, in the dictionary it keeps it in: asked for a child or a parameter, it takes ten times as long.
+_children, _parameters = itemgetter("_modules"), itemgetter("_parameters")
+_hooks, _hooks_before = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_shape = attrgetter("shape")
 
 
 def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
@@ -26,6 +49,10 @@ def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
     Hooks would not be called, and what adapters, quantisation or parametrisations put in the place of a module or of a
     parameter would not either. Autocast would be passed by. What the blocks refuse is left to them. On a CPU, where the
     products take nearly all of the time, they are as good.
+
+    It is asked before every token and remembers nothing. A module tells nobody when it is changed, so that what is to
+    be seen between two tokens must be looked for at each, and all of the above is. It is looked for in a whole level of
+    modules at a time: no line of Python runs for each.
     """
     if not state.att_x.is_cuda or torch.is_autocast_enabled("cuda"):
         return False
@@ -34,25 +61,38 @@ def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
     shape = (model.config.layers, tokens.shape[0], model.config.width)
     if not all(t.shape == shape and t.is_contiguous() for t in (state.att_x, state.ffn_x, *state.wkv)):
         return False
-    return all(_is_plain(module, shape[-1:]) for module in model.modules() if module is not model)
+    contents = [vars(model)]  # of the modules of a level, each in its dictionary
+    for kinds in _LEVELS:
+        modules = [m for m in chain.from_iterable(map(dict.values, map(_children, contents))) if m is not None]
+        contents = list(map(vars, modules))
+        if not kinds.issuperset(map(type, modules)) or not _are_called_as_built(contents):
+            return False
+        if not _are_plain(modules, shape[-1:]):
+            return False
+    return not any(map(_children, contents))
 
 
-def _is_plain(module: nn.Module, channels: tuple[int, ...]) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    changed = module._compiled_call_impl is not None or "forward" in module.__dict__
-    if type(module) not in _KNOWN or hooked or changed:
-        return False
-    parameters = module._parameters.values()
-    if isinstance(module, nn.Linear):
-        weight, *others = parameters
-        return _is_tensor(weight) and others == [None]
-    if isinstance(module, (nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix)):
-        return all(_is_tensor(p) and p.shape == channels for p in parameters)
-    return all(map(_is_tensor, parameters))
+def _are_called_as_built(contents: list[dict[str, Any]]) -> bool:
+    hooked = any(map(_hooks, contents)) or any(map(_hooks_before, contents))
+    return not hooked and not any(
+        any(map(contains, contents, repeat(name))) for name in ("forward", "_compiled_call_impl")
+    )
 
 
-def _is_tensor(parameter: Tensor | None) -> TypeGuard[Tensor]:
-    return type(parameter) in (Tensor, nn.Parameter)  # others have products of their own
+def _are_plain(modules: list[nn.Module], channels: tuple[int, ...]) -> bool:
+    """Whether the parameters of the modules are tensors, named as they were built, of shapes that the kernels take."""
+    kinds = set(map(type, modules))
+    parameters = list(map(_parameters, map(vars, modules)))
+    if kinds == {nn.Linear}:
+        weights, biases = map(dict.get, parameters, repeat("weight")), map(dict.get, parameters, repeat("bias"))
+        return _PLAIN.issuperset(map(type, weights)) and _NONE.issuperset(map(type, biases))
+    values = list(chain.from_iterable(map(dict.values, parameters)))
+    if kinds <= _VECTORS:
+        shaped = _PLAIN.issuperset(map(type, values)) and list(map(_shape, values)).count(channels) == len(values)
+        return shaped and _VECTOR_NAMES.issuperset(map(tuple, parameters))
+    if len(kinds) == 1:
+        return _PLAIN.issuperset(map(type, values))
+    return all(_are_plain([module], channels) for module in modules)  # the ends, few and of every kind
 
 
 def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
@@ -60,26 +100,45 @@ def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
 
     The numbers are those of the blocks up to rounding, of which there is less.
     """
-    blocks = cast("list[RWKV4Block]", list(model.blocks))
-    rates = torch.stack([block.attention.time_decay for block in blocks]).to(state.wkv.num.dtype).exp()
+    blocks = list(cast("Iterable[RWKV4Block]", model.blocks))
+    decays = [cast("Any", block._modules["attention"])._parameters["time_decay"] for block in blocks]
+    rates = torch.stack(decays).to(state.wkv.num.dtype).exp()
     x: Tensor = model.embeddings(tokens)
     for block, w, block_state in zip(blocks, rates, state.unbind(), strict=True):
         x = _block(block, x, w, block_state)
     return model.ln_out(x)
 
 
+_time_vectors = itemgetter("time_mix_receptance", "time_mix_key", "time_mix_value", "time_first")
+_time_matrices = itemgetter("receptance", "key", "value", "output")
+_channel_vectors = itemgetter("time_mix_receptance", "time_mix_key")
+_channel_matrices = itemgetter("receptance", "key", "value")
+
+
 def _block(block: RWKV4Block, x: Tensor, w: Tensor, state: RWKV4State) -> Tensor:
     """Map x, which may be overwritten, and change the state of this block."""
-    x = x if block.pre_ln is None else block.pre_ln(x)
+    layers: dict[str, Any] = block._modules
+    if (pre_ln := layers.get("pre_ln")) is not None:
+        x = pre_ln(x)
     scale = block.residual_scale
-    time, channels = block.attention, block.feed_forward
-    mixes = [time.time_mix_receptance, time.time_mix_key, time.time_mix_value]
-    r, k, v = norm_mix_(x, block.ln1.weight, block.ln1.bias, block.ln1.eps, state.att_x, mixes).unbind()
-    y = wkv_step_gated_(w, time.time_first, time.key(k), time.value(v), time.receptance(r), *state.wkv)
-    x.addmm_(y, time.output.weight.t(), alpha=scale)
-    mixes = [channels.time_mix_receptance, channels.time_mix_key]
-    r, k = norm_mix_(x, block.ln2.weight, block.ln2.bias, block.ln2.eps, state.ffn_x, mixes).unbind()
-    k = channels.key(k)
+    time, channels = layers["attention"], layers["feed_forward"]
+    *mixes, u = _time_vectors(time._parameters)
+    receptance, key, value, output = map(_weight, _time_matrices(time._modules))
+    r, k, v = norm_mix_(x, *_norm(layers["ln1"]), state.att_x, mixes).unbind()
+    y = wkv_step_gated_(w, u, linear(k, key), linear(v, value), linear(r, receptance), *state.wkv)
+    x.addmm_(y, output.t(), alpha=scale)
+    receptance, key, value = map(_weight, _channel_matrices(channels._modules))
+    mixes = list(_channel_vectors(channels._parameters))
+    r, k = norm_mix_(x, *_norm(layers["ln2"]), state.ffn_x, mixes).unbind()
+    k = linear(k, key)
     relu_squared_(k)
-    add_gated_(x, channels.receptance(r), channels.value(k), scale)
+    add_gated_(x, linear(r, receptance), linear(k, value), scale)
     return x.div_(2) if block.halves else x
+
+
+def _weight(module: nn.Module) -> Any:
+    return module._parameters["weight"]
+
+
+def _norm(module: nn.LayerNorm) -> tuple[Any, Any, float]:
+    return module._parameters["weight"], module._parameters["bias"], module.eps

@@ -24,7 +24,7 @@ PARTS = [
     (["gfx942"], BOTH, WORK),
 ]
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(6 * 3600)  # against hangs alone: all parts take minutes where every core is free
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def compiled_part(targets, dtypes, kernels, folder):
     """Return the table and the record of some targets, dtypes and kernels."""
     chosen = ["--targets", ",".join(targets), "--dtypes", ",".join(dtypes), "--kernels", kernels]
     command = [sys.executable, SCRIPT, *chosen, "--out", folder]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=880)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout, json.loads((folder / "compiled.json").read_text())
 

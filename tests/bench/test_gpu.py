@@ -1,5 +1,6 @@
 """The program that runs all that needs a GPU: which parts, how they end, what is remembered. The parts are small."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -16,6 +17,7 @@ for package in ("tqdm", "transformers"):
 
 gpu, about, command_line = map(load, ("gpu", "about", "command_line"))
 BENCHMARKS = [one for one in gpu.parts(Path("new")) if "--device" in one.command]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}
 
 
@@ -31,16 +33,11 @@ def statuses(folder: Path) -> dict[str, str]:
     return {row["part"]: row["status"] for row in json.loads((folder / "gpu.json").read_text())["rows"]}
 
 
-def ends(number: str) -> bool:
-    """Whether this process ends within seconds; a zombie has."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
+def wait_for_end(number: str) -> None:
+    """Return when this process has ended; a zombie has. One that never does is left to the time-out of the test."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +49,17 @@ def test_folder_is_named_after_the_device(name: str, slug: str) -> None:
 
 def test_parts_run_in_order_and_a_failure_does_not_stop_the_next(tmp_path: Path, capsys: Any) -> None:
     parts = part("one", "print('first')"), part("two", "import sys; print('second'); sys.exit(3)"), part("three")
+    began = time.monotonic()
     assert run(tmp_path, *parts) == 1
+    took = time.monotonic() - began
     assert statuses(tmp_path) == {"one": "passed", "two": "failed", "three": "passed"}
     printed = capsys.readouterr().out
     assert printed.index("first") < printed.index("second") < printed.index("two                    failed")
     assert (tmp_path / "logs" / "two.log").read_text() == "second\n"
-    row = json.loads((tmp_path / "gpu.json").read_text())["rows"][0]
-    assert row["commit"] == "1234567"
-    assert 0 < row["seconds"] < 60
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows[0]["commit"] == "1234567"
+    assert all(row["seconds"] > 0 for row in rows)
+    assert sum(row["seconds"] for row in rows) <= took
     assert str(tmp_path) not in (tmp_path / "gpu.json").read_text()
 
 
@@ -88,13 +88,14 @@ def test_other_parts_stay_recorded(tmp_path: Path) -> None:
     assert statuses(tmp_path) == {"one": "passed", "two": "passed"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 def test_part_out_of_time_is_ended_with_its_children_and_what_it_wrote_stays(tmp_path: Path) -> None:
     child, written = tmp_path / "child", tmp_path / "written"
     code = f"""
 import signal, subprocess, sys, time
 from pathlib import Path
-sleeping = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
+sleeping = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+sleeping += "; time.sleep(3600)"
 process = subprocess.Popen([sys.executable, "-c", sleeping], stdout=subprocess.PIPE)
 process.stdout.readline()
 def stop(*_):
@@ -103,27 +104,38 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 Path({str(child)!r}).write_text(str(process.pid))
 print("started", flush=True)
-time.sleep(99)
+time.sleep(3600)
 """
-    began = time.monotonic()
-    ended, seconds = gpu.run_part(part("slow", code), tmp_path / "log", limit=2.0, grace=5.0)
-    assert ended == "out of time"
-    assert 2 <= seconds <= time.monotonic() - began < 20
+    # Two processes of Python have to be up before the time is over, for which a slow machine needs a longer limit.
+    limit = 1.0
+    while not (written.exists() and written.read_text()):
+        limit *= 2
+        began = time.monotonic()
+        ended, seconds = gpu.run_part(part("slow", code), tmp_path / "log", limit=limit, grace=limit)
+        assert ended == "out of time"
+        assert limit <= seconds <= time.monotonic() - began
     assert written.read_text() == "half"
-    assert ends(child.read_text())
+    wait_for_end(child.read_text())
     assert (tmp_path / "log").read_text() == "started\n"
 
 
+@linux
 def test_interrupted_part_is_ended_and_not_recorded(tmp_path: Path) -> None:
-    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(99)"
+    child = tmp_path / "child"
+    code = f"""
+import os, signal, time
+from pathlib import Path
+Path({str(child)!r}).write_text(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(3600)
+"""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, part("one", code))
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert time.monotonic() - began < 20
+    wait_for_end(child.read_text())
     assert not (tmp_path / "gpu.json").exists()
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,63 +205,11 @@ def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callabl
     refused(ops, BAD[message], message)
 
 
-def test_tasks_take_turns_and_first_runs_do_not_count() -> None:
-    events: list[str] = []
-    cpu = torch.device("cpu")
-    tasks = [
-        timing.Task(lambda _, name=name: events.append(name), cpu, lambda name=name: events.append(f"before {name}"))
-        for name in "ab"
-    ]
-    for task in tasks:
-        task.first = 2 * timing.SLOW
-    finished: list[None] = []
-    timing.measure(tasks, timing.Effort(repeats=2, seconds=0.0, turn=0.0), lambda: finished.append(None))
-    # From the second turn on the task is known to be quick, so that its turn begins with a run that does not count.
-    assert events == ["before a", "a", "before b", "b"] + 2 * ["before a", "a"] + 2 * ["before b", "b"]
-    assert [len(task.seconds) for task in tasks] == [2, 2]
-    assert len(finished) == 2
-
-
-def test_what_takes_very_long_is_measured_once() -> None:
-    task = timing.Task(lambda _: pytest.fail("ran again"), torch.device("cpu"), first=timing.FULL.once + 1)
-    timing.measure([task], timing.FULL, lambda: None)
-    assert task.figures()["repeats"] == 1
-    assert task.figures()["ms"] == pytest.approx(1e3 * (timing.FULL.once + 1))
-
-
-def test_work_of_other_processes_shows() -> None:
-    others = timing.OtherWork()
-    if others.seen is None:
-        pytest.skip("the system does not tell")
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        timing.time.sleep(1.0)
-        busy = others.cores()
-        process.kill()
-    assert busy > 0.2
-    assert others.cores() is not None
-
-
 def test_complains_when_other_processes_are_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(timing.OtherWork, "cores", lambda self: 1.5)
     _, rows = run(tmp_path, "--passes", "forward", "--providers", "fastwkv")
     assert rows["forward", "fastwkv"]["other_cores"] == 1.5
     assert "other processes kept up to 1.5 cores busy" in capsys.readouterr().err
-
-
-def test_task_that_fails_leaves_the_others() -> None:
-    def fail(_: None) -> None:
-        raise RuntimeError("no luck")
-
-    tasks = [timing.Task(call, torch.device("cpu"), first=1e-3) for call in (fail, lambda _: None)]
-    finished: list[None] = []
-    timing.measure(tasks, timing.Effort(repeats=2, seconds=0.0, turn=0.0), lambda: finished.append(None))
-    assert [str(task.failure) for task in tasks] == ["no luck", "None"]
-    assert len(tasks[1].seconds) == len(finished) == 2
-
-
-def test_time_of_preparation_is_not_counted() -> None:
-    task = timing.Task(lambda _: None, torch.device("cpu"), lambda: timing.time.sleep(0.02))
-    assert task.run()[1] < 0.01
 
 
 @pytest.mark.parametrize(("ms", "verdict"), [(70.0, "60, reached"), (59.0, "60, MISSED")])

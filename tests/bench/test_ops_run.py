@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(ops, "draw_all", lambda record, folder: [])
     monkeypatch.setattr(run_module, "compile_ours", lambda cases, device: None)
+    monkeypatch.setattr(run_module, "PATIENCE", math.inf)  # however slow the machine
     monkeypatch.setattr(run_module, "gc", SimpleNamespace(freeze=lambda: None, collect=lambda: 0))  # takes long
     start = run_module.Run.__init__
 
@@ -54,7 +56,7 @@ def test_rows_tell_device_time_host_time_and_memory(tmp_path: Path, capsys: pyte
         assert row["peak_bytes"] == 42
         assert row["head_start"] is False
         ours_alone = (row["pass"], row["provider"]) == ("step", "fastwkv")
-        assert (row["ms_graph"] or 0) == (pytest.approx(0.01, rel=0.5) if ours_alone else 0)  # a hundredth of 1 ms
+        assert (row["ms_graph"] or 0) == (pytest.approx(0.01, rel=0.01) if ours_alone else 0)  # a hundredth of 1 ms
     settings = json.loads((tmp_path / "ops.json").read_text())["settings"]
     assert list(settings["reference"]) == ["T <= 8192", "T > 8192"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import blinkdl, refused, write_hugging_face, write_pth
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv4_models import trained
 
@@ -17,7 +17,7 @@ from fastwkv.nn import RWKV4, CheckpointError
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "archive", "pickle"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_truncated_file_is_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     whole = whole_file(tmp_path, kind)
@@ -32,7 +32,7 @@ def test_truncated_file_is_refused(tmp_path: Path, kind: str, data: st.DataObjec
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["safetensors", "archive", "pickle"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_changed_byte_raises_nothing_but_a_refusal(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     changed = bytearray(whole_file(tmp_path, kind))

@@ -1,6 +1,7 @@
 """Options of RWKV-4: packed texts, gradient checkpointing, truncated back-propagation, autocast, rescaling."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv4_models import CONFIG, SAME, distance, fields, text, trained
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastwkv import WKVState
 from fastwkv.nn import RWKV4, RWKV4State
@@ -155,14 +157,33 @@ def test_truncated_gradient_misses_only_what_crosses_the_cut() -> None:
     assert distance(pieces["cut"]["blocks.0.attention.key.weight"], whole["blocks.0.attention.key.weight"]) > 1e-3
 
 
-def test_autocast_gradients_are_near_those_of_float32() -> None:
+class Rounded(torch.autograd.Function):
+    """To bfloat16, values and gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.bfloat16().to(gradient)
+
+
+def test_autocast_gradients_are_off_by_the_rounding_of_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = trained(), text(2, 30)
-    expected = gradients(model, model(tokens)[0].square().sum())
     with torch.autocast("cpu", torch.bfloat16):
         logits, _ = model(tokens)
     found = gradients(model, logits.float().square().sum())
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    assert_same(found, expected, 4e-2)
+    exact = gradients(model.double(), model(tokens)[0].square().sum())
+    # In float64, where no library matters, the operands and results of products are rounded by hand. Its roundings are
+    # others of the same sizes: of all gradients of eight models none had more than 2.1 times the error of its pair.
+    linear, rounded = F.linear, Rounded.apply
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: rounded(linear(rounded(x), rounded(weight), bias)))
+    pairs = gradients(model, model(tokens)[0].square().sum())
+    for name, gradient in found.items():
+        off = distance(pairs[name], exact[name])
+        assert 0 < distance(gradient, exact[name]) <= 4 * off < 0.2, name
 
 
 def test_packed_model_compiles_to_one_graph() -> None:

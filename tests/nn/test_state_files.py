@@ -36,7 +36,7 @@ def test_file_of_a_state_does_not_grow_with_the_text(tmp_path: Path) -> None:
 
 
 def test_state_is_continued_in_another_process(tmp_path: Path) -> None:
-    model, tokens = trained(), text(2, 20)
+    model, tokens = trained().double(), text(2, 20)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected, _ = model(tokens[:, 12:], model(tokens[:, :12])[1])
@@ -48,7 +48,9 @@ def test_state_is_continued_in_another_process(tmp_path: Path) -> None:
         "torch.save(RWKV4.from_pretrained(folder)(tokens, state)[0].detach(), folder + '/logits.pt')"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-5)
+    # The other process may have another number of threads and add up in another order: sums of at most 80 terms of
+    # size 1, in three layers, are then off by some hundred ε.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-12)
 
 
 def test_loaded_state_does_not_depend_on_its_file(tmp_path: Path) -> None:

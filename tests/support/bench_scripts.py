@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 def run_script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a program as a user does, in another folder."""
     command = [sys.executable, str(ROOT / "bench" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(), cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder)
 
 
 def occupy(folder: Path, script: ModuleType) -> None:

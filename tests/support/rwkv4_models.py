@@ -6,7 +6,10 @@ from torch import Tensor
 from fastwkv.nn import RWKV4, RWKV4Config, RWKV4State
 
 CONFIG = RWKV4Config(layers=3, width=20, vocab_size=31)
-SAME = 2e-6  # relative L2 distance of two float32 computations of one thing; measured up to 5e-7
+# Relative L2 distance of two computations of one thing in float32. A product of K terms is off by about u √K of the
+# size of what it adds up, u = 2⁻²⁴, each time otherwise; a layer has six of 20 terms and one of 80, there are three
+# layers and two computations: u √(2 · 3 · 200) = 2e-6. Measured up to 5e-7, in other orders of adding up as well.
+SAME = 2e-6
 
 
 def trained(config: RWKV4Config = CONFIG, seed: int = 0) -> RWKV4:

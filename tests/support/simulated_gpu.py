@@ -1,6 +1,5 @@
 """What takes the place of ops_cuda.Cuda on a CPU: one with a queue and clocks of its own, one that does all at once."""
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,8 +80,8 @@ class Simulated:
 
 
 class Passed:
-    def __init__(self) -> None:
-        self.time = time.perf_counter()
+    def __init__(self, time: float) -> None:
+        self.time = time
 
     def query(self) -> bool:
         return True
@@ -92,10 +91,22 @@ class Passed:
 
 
 class Immediate:
-    """The CPU in the place of ops_cuda.Cuda: without a queue, so that the host is never ahead."""
+    """The CPU in the place of ops_cuda.Cuda: without a queue, so that the host is never ahead.
+
+    Its clock goes on by a microsecond at every look, so that nothing depends on how fast the machine is.
+    """
 
     device, cache = CPU, 1000
-    now, mark = staticmethod(time.perf_counter), staticmethod(Passed)
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+
+    def now(self) -> float:
+        self.clock += 1e-6
+        return self.clock
+
+    def mark(self) -> Passed:
+        return Passed(self.now())
 
     def synchronize(self) -> None: ...
 
@@ -104,8 +115,10 @@ class Immediate:
     def evict(self) -> None: ...
 
     def record(self, call: Any) -> Any:
-        result = call()
-        return SimpleNamespace(replay=lambda: time.sleep(1e-3)), result
+        def replay() -> None:
+            self.clock += 1e-3
+
+        return SimpleNamespace(replay=replay), call()
 
     def begin_peak(self) -> int:
         return 100

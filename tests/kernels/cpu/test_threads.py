@@ -7,6 +7,8 @@ import pytest
 
 from fastwkv.kernels.cpu.threads import parallel
 
+HANG = 600  # seconds, for what takes hundredths of one: only what never happens takes so long, on any machine
+
 
 def squares(count, threads=4):
     result = [None] * count
@@ -27,7 +29,7 @@ def test_every_piece_is_done_once(count, threads):
 
 
 def test_pieces_run_at_the_same_time():
-    meeting = threading.Barrier(3, timeout=30)
+    meeting = threading.Barrier(3, timeout=HANG)
     parallel(lambda _: meeting.wait(), 3, 3)
 
 
@@ -81,5 +83,7 @@ def test_forked_child_has_a_pool_of_its_own():
     squares(8)  # the parent's threads exist
     child = multiprocessing.get_context("fork").Process(target=squares, args=(8,))
     child.start()
-    child.join(30)
+    child.join(HANG)
+    child.kill()  # which changes nothing of one that has ended
+    child.join()
     assert child.exitcode == 0
