@@ -55,7 +55,8 @@ class Launcher:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __call__(self, *_: Any) -> None: ...
+    def __call__(self, *_: Any) -> None:
+        """Launch nothing."""
 
 
 class NotCompiled:
@@ -63,9 +64,11 @@ class NotCompiled:
 
     function = packed_metadata = metadata = None
 
-    def launch_metadata(self, *_: Any) -> None: ...
+    def launch_metadata(self, *_: Any) -> None:
+        """Return none."""
 
-    def run(self, *_: Any) -> None: ...
+    def run(self, *_: Any) -> None:
+        """Launch nothing."""
 
 
 class StandIn:
@@ -112,10 +115,13 @@ def _load_binary(*_: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def stand_in(device: StandIn | None = None, *, compiles: bool = True) -> Iterator[StandIn]:
+def stand_in(
+    device: StandIn | None = None, *, compiles: bool | Callable[[Any, dict[str, Any]], bool] = True
+) -> Iterator[StandIn]:
     """Have Triton take the stand-in for the GPU meanwhile, and everything as it was afterwards.
 
-    ``device`` may be one that was used before, with its kernels. Raises ValueError where kernels are interpreted.
+    ``device`` may be one that was used before, with its kernels. ``compiles`` may choose by source and options. Raises
+    ValueError where kernels are interpreted.
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise ValueError("kernels are interpreted here: unset TRITON_INTERPRET before Triton is imported")
@@ -127,7 +133,8 @@ def stand_in(device: StandIn | None = None, *, compiles: bool = True) -> Iterato
         # A function keeps what it compiles with, beyond the end of this context.
         if driver.active is not device:
             return compiler(source, options=options, **rest)
-        compiled = compiler(source, options=options, **rest) if compiles else NotCompiled()
+        chosen = compiles(source, options) if callable(compiles) else compiles
+        compiled = compiler(source, options=options, **rest) if chosen else NotCompiled()
         device.kernels.append(Kernel(source, options, compiled))
         return compiled
 
