@@ -8,7 +8,9 @@ compiled is taken from its cache. At the end all is packed into one file (see re
 other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
 """
 
+import hashlib
 import importlib
+import json
 import multiprocessing
 import os
 import queue
@@ -32,7 +34,14 @@ try:
 except ImportError as error:
     sys.exit(f"precompile.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
-MODULES = ("piece.correctness", "piece.headline", "tuning.candidates", "tuning.patterns", "piece.generation")
+MODULES = (  # of gpu.py first and second, the most valuable first
+    "piece.correctness",
+    "piece.headline",
+    "tuning.assumptions",
+    "tuning.candidates",
+    "piece.generation",
+    "piece.profile",
+)
 OUT = kernel_cache.ROOT / "build" / "gpu-ready" / "cache.tar.xz"
 LARGEST = 16 << 20  # bytes of the packed cache
 
@@ -163,7 +172,24 @@ def _received(results: Any, processes: list[Any]) -> Iterator[Any]:
         process.join()
 
 
-def pack(done: Compiled, out: Path, release: str, jobs: int) -> str:
+def code(modules: list[str]) -> str:
+    """Return a digest of all that decides what is compiled, and of more."""
+    paths = sorted(
+        path for folder in ("bench", "fastwkv", "kernels") for path in (kernel_cache.ROOT / folder).rglob("*.py")
+    )
+    files = kernel_cache.source_digests(paths)
+    return hashlib.sha256(json.dumps([modules, triton_keys.about(), files]).encode()).hexdigest()
+
+
+def up_to_date(out: Path, digest: str) -> bool:
+    """Return whether a cache is of this code, and nothing in it failed."""
+    try:
+        return kernel_cache.manifest(out)["code"] == digest
+    except kernel_cache.DAMAGED:
+        return False
+
+
+def pack(done: Compiled, out: Path, release: str, jobs: int, digest: str) -> str:
     """Write the cache, with launchers for a release of Python if there is one; say what it has."""
     suffix, modules, said = "", {}, ""
     if done.launchers:
@@ -173,9 +199,8 @@ def pack(done: Compiled, out: Path, release: str, jobs: int) -> str:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 suffix, modules = launchers.build(done.launchers, python, Path(folder), jobs)
-    size = kernel_cache.pack(
-        out, list(done.entries.values()), done.files, modules, done.launchers, suffix, made=time.time()
-    )
+    entries, about = list(done.entries.values()), {"code": None if done.errors else digest}
+    size = kernel_cache.pack(out, entries, done.files, modules, done.launchers, suffix, **about)
     return f"{out.name}: {len(done.entries)} kernels, {len(modules)} launchers{said}, {size / 2**20:.1f} MiB"
 
 
@@ -192,15 +217,18 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     began = time.monotonic()
     try:
-        version = triton_keys.about()["triton"]
+        digest, version = code(args.modules), triton_keys.about()["triton"]
     except ValueError as error:
         parser.error(str(error))
+    if up_to_date(args.out, digest):
+        print(f"{args.out.name} is up to date")
+        return 0
     print(f"compiling with Triton {version}", flush=True)
     done = compile_all(args.modules, args.jobs)
     if not done.entries:
         sys.exit(f"precompile.py: nothing was compiled: {next(iter(done.errors.values()), 'no launches')}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    print(pack(done, args.out, args.python, args.jobs), f"{time.monotonic() - began:.0f} s", sep=", ")
+    print(pack(done, args.out, args.python, args.jobs, digest), f"{time.monotonic() - began:.0f} s", sep=", ")
     for name, error in done.errors.items():
         print(f"precompile.py: {name}: {error}", file=sys.stderr)
     if args.out.stat().st_size > LARGEST:
