@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     from command_line import Parser
-    from ready import peers
+    from ready import kernel_cache, peers
 except ImportError as error:
     sys.exit(f"gpu_ready.py: {error}; pip install -e '.[bench]' installs what it needs")
 
@@ -44,11 +44,11 @@ def _triton() -> Path:
 
 
 def compile_kernels() -> str:
-    """Compile what the piece will launch."""
+    """Compile what `gpu.py` will launch."""
     paths = os.pathsep.join(map(str, (_triton(), ROOT)))
     surroundings = {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(ENVIRONMENT / "triton-cache")}
     run("bench/precompile.py", **surroundings)
-    return ""
+    return "are there"
 
 
 def fetch_peers() -> str:
@@ -69,15 +69,19 @@ def note_commit() -> str:
 
 def rehearse() -> str:
     """Run the first command with interpreted kernels and tiny shapes."""
+    stamp, code = ENVIRONMENT / "rehearsed", kernel_cache.code()
+    if stamp.exists() and stamp.read_text() == code:
+        return "of this code was right"
     run("bench/gpu.py", "first", "--rehearse", "--out", str(ROOT / "build" / "gpu-rehearsal"), PYTHONPATH=str(ROOT))
+    stamp.write_text(code)
     return "every step was reached"
 
 
 STEPS: dict[str, Callable[[], str]] = {
     f"Triton {TRITON}": install_triton,
-    "kernels": compile_kernels,
     "peers": fetch_peers,
     "commit": note_commit,
+    "kernels": compile_kernels,
     "rehearsal": rehearse,
 }
 
@@ -105,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             said = step()
         except (OSError, ValueError) as error:
             parser.exit(1, f"gpu_ready.py: {name}: {error}\n")
-        print(f"{name}: {said or 'ready'}, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{name}: {said}, {time.monotonic() - began:.0f} s", flush=True)
     travels = size(peers.READY)
     print(f"ready: {peers.READY.relative_to(ROOT)} has {travels / 2**20:.1f} MiB")
     return int(travels > LARGEST)

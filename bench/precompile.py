@@ -4,20 +4,18 @@ Each module has a function ``launches()`` that yields names and calls, the most 
 CPU tensors that nothing is in, the launches that its program will make. It is run with the version of Triton that the
 machine with the GPU has; the versions of PyTorch and of Python do not matter. First the launches are gone through
 without compiling, to see which kernels are new in which; then several processes compile. What an earlier run has
-compiled is taken from its cache. At the end all is packed into one file (see ready/kernel_cache.py), which fits no
-other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
+compiled is taken from its cache. At the end, or on Ctrl-C, all is packed into one file (see ready/kernel_cache.py). It
+fits no other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
 """
 
-import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # and not what the compiler makes 
 
 try:
     from command_line import Parser, positive
+    from program import bar_options, sigterm_as_interrupt
     from ready import kernel_cache, launchers, triton_keys
     from stand_in import Kernel, StandIn, stand_in
     from tqdm import tqdm
@@ -37,10 +36,10 @@ except ImportError as error:
 MODULES = (  # of gpu.py first and second, the most valuable first
     "piece.correctness",
     "piece.headline",
+    "tuning.skeleton",
     "tuning.assumptions",
     "tuning.candidates",
     "piece.generation",
-    "piece.profile",
 )
 OUT = kernel_cache.ROOT / "build" / "gpu-ready" / "cache.tar.xz"
 LARGEST = 16 << 20  # bytes of the packed cache
@@ -79,6 +78,7 @@ def work(modules: list[str], wanted: dict[int, list[Identity]], claimed: Any, re
 
     All processes go through the launches in the same order, so that each kernel is first met where it is wanted.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that packs
     device, sources, mine = StandIn(), launchers.Sources(), set()
     device.launcher_cls = sources.launcher
     sources.driver()
@@ -90,8 +90,7 @@ def work(modules: list[str], wanted: dict[int, list[Identity]], claimed: Any, re
                 error = _failure(call)
                 compiled = [kernel for kernel in device.kernels[before:] if isinstance(kernel.compiled, CompiledKernel)]
                 files = {kernel.source.fn.fn.__code__.co_filename for kernel in compiled}
-                results.put((name, [entry(kernel) for kernel in compiled], files, error))
-    results.put(sources.names)
+                results.put((name, [entry(kernel) for kernel in compiled], files, dict(sources.names), error))
 
 
 def _claims(claimed: Any, index: int) -> bool:
@@ -141,19 +140,22 @@ def compile_all(modules: list[str], jobs: int) -> Compiled:
     processes = [context.Process(target=work, args=arguments) for _ in range(min(jobs, len(wanted)))]
     for process in processes:
         process.start()
-    with tqdm(total=total, unit=" kernels", mininterval=5) as bar:
-        for sent in _received(results, processes):
-            if isinstance(sent, dict):
-                done.launchers |= sent
-                continue
-            name, entries, files, error = sent
-            done.entries |= {(one.source, one.options): one for one in entries}
-            done.files |= files
-            done.errors |= {name: error} if error else {}
-            bar.update(len(entries))
-            bar.set_postfix_str(name[:60], refresh=False)
+    try:
+        with sigterm_as_interrupt(), tqdm(total=total, unit=" kernels", **bar_options()) as bar:
+            for name, entries, files, modules, error in _received(results, processes):
+                done.entries |= {(one.source, one.options): one for one in entries}
+                done.files |= files
+                done.launchers |= modules
+                done.errors |= {name: error} if error else {}
+                bar.set_postfix_str(name[:60], refresh=False)
+                bar.update(len(entries))
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        done.errors["interrupted"] = f"{total - len(done.entries)} kernels of {total} are lacking"
+        return done
     for name, new, _ in found:
-        lacking = Counter(one in done.entries for one in new)[False]
+        lacking = sum(one not in done.entries for one in new)
         if lacking and name not in done.errors:
             done.errors[name] = f"{lacking} kernels were not compiled"
     return done
@@ -170,15 +172,6 @@ def _received(results: Any, processes: list[Any]) -> Iterator[Any]:
                 break
     for process in processes:
         process.join()
-
-
-def code(modules: list[str]) -> str:
-    """Return a digest of all that decides what is compiled, and of more."""
-    paths = sorted(
-        path for folder in ("bench", "fastwkv", "kernels") for path in (kernel_cache.ROOT / folder).rglob("*.py")
-    )
-    files = kernel_cache.source_digests(paths)
-    return hashlib.sha256(json.dumps([modules, triton_keys.about(), files]).encode()).hexdigest()
 
 
 def up_to_date(out: Path, digest: str) -> bool:
@@ -217,13 +210,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     began = time.monotonic()
     try:
-        digest, version = code(args.modules), triton_keys.about()["triton"]
+        about = triton_keys.about()
+        digest = kernel_cache.code(about, args.modules)
     except ValueError as error:
         parser.error(str(error))
     if up_to_date(args.out, digest):
         print(f"{args.out.name} is up to date")
         return 0
-    print(f"compiling with Triton {version}", flush=True)
+    print(f"compiling with Triton {about['triton']}", flush=True)
     done = compile_all(args.modules, args.jobs)
     if not done.entries:
         sys.exit(f"precompile.py: nothing was compiled: {next(iter(done.errors.values()), 'no launches')}")

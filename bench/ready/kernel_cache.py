@@ -56,6 +56,12 @@ def source_digests(files: Iterable[str | Path]) -> dict[str, str]:
     return {str(path.relative_to(ROOT)): _digest(path.read_bytes()) for path in inside}
 
 
+def code(*more: Any) -> str:
+    """Return a digest of the programs and all that they use of this repository, and of ``more``, as JSON has it."""
+    paths = (path for folder in ("bench", "fastwkv", "kernels", "reference") for path in (ROOT / folder).rglob("*.py"))
+    return _digest(json.dumps([source_digests(paths), more]).encode())
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -75,22 +81,22 @@ def pack(
     kept in the manifest, for whoever asks.
     """
     index, digest = triton_keys.library()
-    manifest: dict[str, Any] = {**triton_keys.about(), "library": [index, digest], "suffix": suffix, **about}
-    manifest["sources"] = source_digests(sources)
-    manifest["kernels"], manifest["launchers"] = [], []
+    record: dict[str, Any] = {**triton_keys.about(), "library": [index, digest], "suffix": suffix, **about}
+    record["sources"] = source_digests(sources)
+    record["kernels"], record["launchers"] = [], []
     files: dict[str, bytes] = {}
     for number, entry in enumerate(sorted(entries, key=lambda entry: entry.name)):  # what is alike packs best
         at = f"kernels/{number}"
         files |= {f"{at}.json": entry.description, f"{at}.cubin": entry.code}
         kernel = {key: value for key, value in asdict(entry).items() if isinstance(value, str)}
-        manifest["kernels"].append({"at": at, **kernel})
+        record["kernels"].append({"at": at, **kernel})
     for number, (source, module) in enumerate((launchers or {}).items()):
         at = f"launchers/{number}"
         files |= {f"{at}.c": source.encode(), f"{at}.so": module}
-        manifest["launchers"].append({"at": at, "name": (names or {})[source]})
+        record["launchers"].append({"at": at, "name": (names or {})[source]})
     partial = path.with_name(f"{path.name}.part")
     with tarfile.open(partial, "w:xz", preset=9) as archive:
-        for name, data in {MANIFEST: json.dumps(manifest).encode(), **files}.items():
+        for name, data in {MANIFEST: json.dumps(record).encode(), **files}.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

@@ -1,9 +1,11 @@
 """Kernels compiled beforehand are found where they were unpacked; what does not fit, or is damaged, says so."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from bench_scripts import ROOT, environment, load
@@ -89,6 +91,34 @@ def test_each_kernel_is_compiled_once_and_failures_are_told(made, packed):
     kernels = kernel_cache.manifest(packed)["kernels"]
     assert [kernel["name"] for kernel in kernels] == ["_relu_squared_kernel"] * 2
     assert len({kernel["source"] for kernel in kernels}) == 2
+
+
+def test_interrupted_compilation_keeps_what_it_has(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the program takes away
+    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
+    precompile, ended = load("precompile"), []
+    found = [("first", [("a", "b")], None), ("second", [("c", "d")], None)]
+    entry = kernel_cache.Entry("kernel", "a", "b", b"code", b"{}")
+
+    class Context:
+        """Of multiprocessing, without processes."""
+
+        Pool = classmethod(lambda cls, count: contextlib.nullcontext(SimpleNamespace(apply=lambda *_: found)))
+        Queue, Array = list, classmethod(lambda cls, kind, length: [0] * length)
+        Process = classmethod(
+            lambda cls, **_: SimpleNamespace(start=lambda: None, terminate=lambda: ended.append("terminated"))
+        )
+
+    def received(*_):
+        yield "first", [entry], {"file.py"}, {"source": "launcher"}, None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(precompile.multiprocessing, "get_context", lambda kind: Context)
+    monkeypatch.setattr(precompile, "_received", received)
+    done = precompile.compile_all(["some"], 2)
+    assert (done.entries, done.launchers) == ({("a", "b"): entry}, {"source": "launcher"})
+    assert done.errors == {"interrupted": "1 kernels of 2 are lacking"}
+    assert ended == ["terminated"] * 2
 
 
 def test_what_travels_is_no_more_than_what_is_read(packed):
