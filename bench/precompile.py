@@ -142,10 +142,10 @@ def compile_all(modules: list[str], jobs: int) -> Compiled:
         process.start()
     try:
         with sigterm_as_interrupt(), tqdm(total=total, unit=" kernels", **bar_options()) as bar:
-            for name, entries, files, modules, error in _received(results, processes):
+            for name, entries, files, sources, error in _received(results, processes):
                 done.entries |= {(one.source, one.options): one for one in entries}
                 done.files |= files
-                done.launchers |= modules
+                done.launchers |= sources
                 done.errors |= {name: error} if error else {}
                 bar.set_postfix_str(name[:60], refresh=False)
                 bar.update(len(entries))
@@ -186,12 +186,11 @@ def pack(done: Compiled, out: Path, release: str, jobs: int, digest: str) -> str
     """Write the cache, with launchers for a release of Python if there is one; say what it has."""
     suffix, modules, said = "", {}, ""
     if done.launchers:
-        python = launchers.find_python(release)
-        if python is None:
-            said = f" (no Python {release} with headers here: launchers are compiled where they are needed)"
-        else:
+        try:
             with tempfile.TemporaryDirectory() as folder:
-                suffix, modules = launchers.build(done.launchers, python, Path(folder), jobs)
+                suffix, modules = launchers.build(done.launchers, release, Path(folder), jobs)
+        except ValueError as error:
+            said = f" ({error}: they are compiled where they are needed)"
     entries, about = list(done.entries.values()), {"code": None if done.errors else digest}
     size = kernel_cache.pack(out, entries, done.files, modules, done.launchers, suffix, **about)
     return f"{out.name}: {len(done.entries)} kernels, {len(modules)} launchers{said}, {size / 2**20:.1f} MiB"
@@ -218,7 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{args.out.name} is up to date")
         return 0
     print(f"compiling with Triton {about['triton']}", flush=True)
-    done = compile_all(args.modules, args.jobs)
+    try:
+        done = compile_all(args.modules, args.jobs)
+    except ImportError as error:
+        parser.error(str(error))
     if not done.entries:
         sys.exit(f"precompile.py: nothing was compiled: {next(iter(done.errors.values()), 'no launches')}")
     args.out.parent.mkdir(parents=True, exist_ok=True)

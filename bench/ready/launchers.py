@@ -90,12 +90,16 @@ def _headers(python: str) -> list[str] | None:
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-def build(names: dict[str, str], python: str, folder: Path, jobs: int) -> tuple[str, dict[str, bytes]]:
-    """Compile modules for an interpreter; return how the names of their files end, and the files by their sources."""
-    headers = _headers(python)
+def build(names: dict[str, str], release: str, folder: Path, jobs: int) -> tuple[str, dict[str, bytes]]:
+    """Compile modules for a release of Python; return how the names of their files end, and the files by their sources.
+
+    Raises ValueError where there are no headers of it, or no C compiler.
+    """
+    python = find_python(release)
+    headers = _headers(python) if python else None
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if headers is None or compiler is None:
-        raise ValueError(f"{python} does not run" if compiler else "there is no C compiler here")
+        raise ValueError(f"no Python {release} with headers here" if compiler else "no C compiler here")
     (folder / "stub").mkdir(parents=True, exist_ok=True)
     stub = folder / "stub" / "libcuda.so.1"
     _compile([compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), "-x", "c", os.devnull])

@@ -197,11 +197,13 @@ def test_launchers_are_compiled_without_cuda(tmp_path):
     if launchers.find_python(release) is None:
         pytest.skip("this Python has no headers")
     source = '#include "cuda.h"\n#include <Python.h>\nCUresult first(void) { return cuInit(0); }\n'
-    suffix, modules = launchers.build({source: "first"}, sys.executable, tmp_path, 1)
+    suffix, modules = launchers.build({source: "first"}, release, tmp_path, 1)
     assert suffix.endswith(".so")
     assert b"libcuda.so.1" in modules[source]
     with pytest.raises(ValueError, match="the C compiler fails"):
-        launchers.build({"no C": "second"}, sys.executable, tmp_path, 1)
+        launchers.build({"no C": "second"}, release, tmp_path, 1)
+    with pytest.raises(ValueError, match=r"no Python 9\.9 with headers here"):
+        launchers.build({source: "first"}, "9.9", tmp_path, 1)
 
 
 def test_peers_are_fetched_once(monkeypatch, tmp_path):
