@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test gpu lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer computed clean
+.PHONY: curve test gpu gpu-ready lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer computed clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
@@ -12,6 +12,9 @@ test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
 
 gpu: .venv/ready  ## tests, sanitizers and benchmarks on a GPU, or those of PART=...
 	$(BIN)/python bench/gpu.py $(PART)
+
+gpu-ready: .venv/ready  ## all that a few minutes on a GPU need beforehand, on a machine without one
+	$(BIN)/python bench/gpu_ready.py
 
 lint: .venv/ready
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy

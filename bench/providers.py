@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from ready import peers
 from torch import Tensor
+
+peers.add_to_path()
 
 OPERATORS = {  # of this package, and the file of their Triton launchers; below, those without CPU path
     "wkv_fwd": "wkv",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ready.peers import RWKV_CUDA as FETCHED
+from ready.peers import SOURCES
 from torch import Tensor
 from torch.utils import cpp_extension
 from wkv_inputs import Inputs
 from wkv_providers import WKVProvider
 
-SOURCES = ("wkv_op.cpp", "wkv_cuda.cu", "wkv_cuda_bf16.cu")
 FLAGS = ("--maxrregcount", "60", "--use_fast_math", "-O3", "-Xptxas", "-O3", "--extra-device-vectorization")  # theirs
 NEEDED = 8
 """Bytes that a thread of the backward kernel keeps of every token, in memory of its own."""
@@ -74,10 +75,10 @@ class RwkvCuda(WKVProvider):
 
     def sources(self) -> Path | None:
         """Return the folder of the sources."""
-        folder = self.folder
-        if folder is None and (found := importlib.util.find_spec("transformers")) and found.origin:
-            folder = Path(found.origin).parent / "kernels" / "rwkv"
-        return folder if folder and all((folder / name).is_file() for name in SOURCES) else None
+        folders = [self.folder] if self.folder else [FETCHED]
+        if self.folder is None and (found := importlib.util.find_spec("transformers")) and found.origin:
+            folders.insert(0, Path(found.origin).parent / "kernels" / "rwkv")
+        return next((each for each in folders if all((each / name).is_file() for name in SOURCES)), None)
 
 
 def longest(device: torch.device) -> int:

@@ -67,10 +67,13 @@ def test_original_kernel_is_called_as_in_the_original_program(
 
 def test_original_kernel_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = peer.RwkvCuda()
+    monkeypatch.setattr(peer, "FETCHED", tmp_path)
     assert one.missing(CPU) == "runs on a GPU only"
     assert one.missing(GPU).endswith("does not ship it; give its folder with --rwkv-cuda")
     for name in peer.SOURCES:
         (tmp_path / name).touch()
+    assert one.sources() == tmp_path
+    monkeypatch.setattr(peer, "FETCHED", tmp_path / "nowhere")
     one.folder = tmp_path
     monkeypatch.setattr(peer.cpp_extension, "CUDA_HOME", None)
     assert one.missing(GPU) == "needs the CUDA compiler"
