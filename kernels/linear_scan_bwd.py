@@ -25,6 +25,7 @@ from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, row_constants, sequence_of, summaries
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.row_sums import row_sums
 
 
 @triton.jit
@@ -209,7 +210,6 @@ def linear_scan_bwd(
     kind = row_constants(launch, C, h.dtype, a.is_complex(), fixed, log, reverse, edges is not None, state_dtype)
     a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)
     outputs = as_parts(ga, gx, None if initial is None else ginitial)
-
     inputs = (a_in, h_in, gh, initial)
 
     carry = None
@@ -219,7 +219,9 @@ def linear_scan_bwd(
         run_carry(gfinal, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
     start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal, *outputs), numbers, kind)
     if fixed:
-        ga = ga.sum(0).to(a.dtype)
+        ga, terms = torch.empty_like(a), ga
+        flat = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (terms, ga)]
+        row_sums(flat[0][None], flat[1])
     return ga, gx, ginitial
 
 

@@ -10,6 +10,7 @@ from fastwkv.kernels.config import BACKWARD_REGISTERS, Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import launch_for
 from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.row_sums import row_sums
 from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel, carry_constants
 from fastwkv.kernels.wkv_state import (
     absorb,
@@ -282,5 +283,6 @@ def wkv_bwd(
         start(_wkv_bwd_carry_kernel, (B, grid[1]), ends, numbers, carry_constants(launch, C))
     outputs = (gk, gv, gwu, None if initial is None else ginitial)
     start(_wkv_bwd_kernel, grid, (*inputs, carry, *outputs), numbers, kind)
-    gw, gu = (terms.sum(0) for terms in gwu)  # each in a storage of its own
-    return gw.to(w.dtype), gu.to(u.dtype), gk, gv, ginitial
+    gw, gu = torch.empty_like(rates[0]), torch.empty_like(rates[1])
+    row_sums(gwu, gw, gu)
+    return gw, gu, gk, gv, ginitial
