@@ -22,11 +22,10 @@ PASSES = {"forward": 3, "backward": 5}  # and their streams
 # In 16 bits every shape, in float32, where memory decides, those with the tiles that are in use.
 SHAPES = {"bfloat16": ALL, "float32": tuple((*program, STAGES) for program in PROGRAMS)}
 
-SLICES = (1024, 2048, 4096, 8192, 16384)  # rows, of SLICE_C channels
-SLICE_C = 1024
+SLICES = tuple((rows, 1024) for rows in (1024, 2048, 4096, 8192, 16384))  # and channels
 SLICE_CHUNKS = 64  # of a slice: two thousand programs
 SLICE_SHAPE = (32, 1, STAGES)
-REHEARSED_SLICES = (2 * ROWS,)
+REHEARSED_SLICES = ((2 * ROWS, 32),)
 CACHES = 3  # that all slices fill: what is read is not there any more when it is read in the next round
 REPLAYS = 7
 HEAD_START = 2e-3  # seconds in which the host has launched a graph
@@ -126,22 +125,22 @@ def measure_cache(cuda: Any, budget: Budget, emit: Emit, rehearsal: bool = False
     Three CUDA graphs: all summaries; all finishing passes, each slice long gone from the cache; and each finishing pass
     right after the summary of its slice, whose time is the third less the first.
     """
-    for rows in REHEARSED_SLICES if rehearsal else SLICES:
-        row = {"what": "l2", "rows": rows}
+    for rows, channels in REHEARSED_SLICES if rehearsal else SLICES:
+        row = {"what": "l2", "rows": rows, "C": channels}
         if budget.left() <= 0:
             emit(row | {"skipped": "no time left"})
             continue
         try:
-            emit(row | slice_figures(cuda, rows, 1 if rehearsal else REPLAYS))
+            emit(row | slice_figures(cuda, rows, channels, 1 if rehearsal else REPLAYS))
         except Exception as error:
             emit(row | {"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
         cuda.release()
 
 
-def slice_figures(cuda: Any, rows: int, replays: int) -> dict[str, Any]:
+def slice_figures(cuda: Any, rows: int, channels: int, replays: int) -> dict[str, Any]:
     """Return what the passes over slices of so many rows take, in microseconds a slice."""
-    count = 1 + -(-CACHES * cuda.cache // (2 * 2 * rows * SLICE_C))
-    slices = [slice_tensors(rows, cuda.device, torch.zeros) for _ in range(count)]
+    count = 1 + -(-CACHES * cuda.cache // (2 * 2 * rows * channels))
+    slices = [slice_tensors(rows, channels, cuda.device, torch.zeros) for _ in range(count)]
 
     def summaries() -> None:
         for one in slices:
@@ -171,24 +170,24 @@ def slice_figures(cuda: Any, rows: int, replays: int) -> dict[str, Any]:
             end = cuda.mark()
             cuda.synchronize()
             seconds[name].append(begin.elapsed_time(end) / 1e3 / count)
-    return slice_row({name: float(np.median(one)) for name, one in seconds.items()}, rows, count)
+    figures = slice_row({name: float(np.median(one)) for name, one in seconds.items()})
+    return {"slices": count, "mb_read": 2 * 2 * rows * channels / 1e6, **figures}
 
 
-def slice_row(seconds: dict[str, float], rows: int, count: int) -> dict[str, Any]:
+def slice_row(seconds: dict[str, float]) -> dict[str, float]:
     """Return the row of a slice: what finishing takes with its inputs gone from the cache, and right after its summary.
 
     ``saved`` is the share of the first that the cache spares; 0 if it holds nothing.
     """
     right_after = seconds["pair"] - seconds["summary"]
     finish = {"us_finish_swept": 1e6 * seconds["finish"], "us_finish_right_after": 1e6 * right_after}
-    row = {"slices": count, "mb_read": 2 * 2 * rows * SLICE_C / 1e6, "us_summary": 1e6 * seconds["summary"], **finish}
-    return row | {"saved": 1 - right_after / seconds["finish"]}
+    return {"us_summary": 1e6 * seconds["summary"], **finish, "saved": 1 - right_after / seconds["finish"]}
 
 
-def slice_tensors(rows: int, device: torch.device, fill: Callable[..., Tensor]) -> list[Tensor]:
+def slice_tensors(rows: int, channels: int, device: torch.device, fill: Callable[..., Tensor]) -> list[Tensor]:
     """Return k, v and y of a slice, and its summaries."""
-    streams = [fill(1, rows, SLICE_C, dtype=torch.bfloat16, device=device) for _ in range(3)]
-    return [*streams, fill(SLICE_CHUNKS, SLICE_C, device=device)]
+    streams = [fill(1, rows, channels, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    return [*streams, fill(SLICE_CHUNKS, channels, device=device)]
 
 
 def summarise(tensors: Sequence[Tensor]) -> None:
@@ -203,12 +202,12 @@ def finish(tensors: Sequence[Tensor]) -> None:
 
 
 def _slice(k: Tensor, v: Tensor, y: Tensor | None, final: Tensor) -> None:
-    rows = k.shape[1]
+    _, rows, channels = k.shape
     chunk = max(ROWS, rows // SLICE_CHUNKS)
     pattern = Pattern("forward", "bfloat16", *SLICE_SHAPE)
-    grid = (rows // chunk, SLICE_C // pattern.block_c)
+    grid = (rows // chunk, channels // pattern.block_c)
     with torch.cuda.device_of(k):
-        forward_pattern[grid](k, v, y, final, rows, chunk, **pattern.options(SLICE_C))
+        forward_pattern[grid](k, v, y, final, rows, chunk, **pattern.options(channels))
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -216,6 +215,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     cpu = torch.device("cpu")
     for one in patterns():
         yield f"skeleton {one}", lambda one=one: one.run(one.tensors(SHAPE, cpu, torch.empty))
-    some = slice_tensors(SLICES[0], cpu, torch.empty)
+    some = slice_tensors(*SLICES[0], cpu, torch.empty)
     yield "slice, summary", lambda: summarise(some)
     yield "slice, finish", lambda: finish(some)
