@@ -25,11 +25,11 @@ def forward_pattern(
     start = (row // chunks * T + row % chunks * chunk) * C
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for _ in tl.range(0, chunk, ROWS, num_stages=STAGES):
-        both = tl.load(k_ptr + start + tile) + tl.load(v_ptr + start + tile)
+        both = tl.load(k_ptr + start + tile).to(tl.float32) + tl.load(v_ptr + start + tile).to(tl.float32)
         if y_ptr is None:
-            total += both.to(tl.float32)
+            total += both
         else:
-            tl.store(y_ptr + start + tile, both)
+            tl.store(y_ptr + start + tile, both.to(y_ptr.dtype.element_ty))
         start += ROWS * C
     if y_ptr is None:
         tl.store(final_ptr + row * C + c, tl.sum(total, 0))
@@ -59,7 +59,7 @@ def backward_pattern(
         start -= ROWS * C
         checkpoint_ptr -= 3 * C
         state = tl.load(checkpoint_ptr) + tl.load(checkpoint_ptr + C) + tl.load(checkpoint_ptr + 2 * C)
-        both = tl.load(k_ptr + start + tile) + tl.load(v_ptr + start + tile)
-        gy = tl.load(gy_ptr + start + tile)
-        tl.store(gk_ptr + start + tile, (both + state[None, :]).to(both.dtype))
-        tl.store(gv_ptr + start + tile, both * gy)
+        both = tl.load(k_ptr + start + tile).to(tl.float32) + tl.load(v_ptr + start + tile).to(tl.float32)
+        gy = tl.load(gy_ptr + start + tile).to(tl.float32)
+        tl.store(gk_ptr + start + tile, (both + state[None, :]).to(gk_ptr.dtype.element_ty))
+        tl.store(gv_ptr + start + tile, (both * gy).to(gv_ptr.dtype.element_ty))

@@ -84,10 +84,10 @@ def test_undecided_cases_are_measured_again_with_those_in_question_alone(machine
 
     monkeypatch.setattr(machine, "seconds", seconds)
     (trial,), _ = machine.measure([one_case()])
-    counts = {launch.block_c: len(times) for launch, times in trial.times.items()}
-    assert counts[128] == turns.ROUNDS
-    assert turns.ROUNDS < counts[64] <= turns.MOST_TURNS
-    assert counts[32] == counts[64]
+    counts = {launch: len(times) for launch, times in trial.times.items()}
+    assert {count for launch, count in counts.items() if launch.block_c == 128} == {turns.ROUNDS}
+    assert turns.ROUNDS < max(count for launch, count in counts.items() if launch.block_c == 64) <= turns.MOST_TURNS
+    assert counts[trial.base] == max(counts.values())
 
 
 def test_wrong_result_is_an_error_and_no_candidate(machine):
@@ -123,7 +123,7 @@ def test_winner_beyond_the_spread_is_proposed_as_a_diff(machine):
     proposals = [row for row in rows if row["what"] == "proposal"]
     assert {row["name"] for row in proposals} == {"WKV_FORWARD", "SCAN_FORWARD"}
     assert "+WKV_FORWARD = Plan(row_bytes=200, warps=12, block_c=64, num_warps=2)" in diff.splitlines()
-    assert "BACKWARD" not in diff
+    assert not [line for line in diff.splitlines() if line[0] in "+-" and "BACKWARD" in line]
     assert all(row["win"] == pytest.approx(0.1, abs=0.01) for row in proposals)
 
 
@@ -189,13 +189,14 @@ def test_bare_patterns_read_and_write_every_element(dtype):
     patterns.forward_pattern[B * 2, 2](k, v, y, sums, T, 32, **options)
     torch.testing.assert_close(y, k + v)
     patterns.forward_pattern[B * 2, 2](k, v, None, sums, T, 32, **options)
-    torch.testing.assert_close(sums, (k + v).float().view(B * 2, 32, C).sum(1), rtol=1e-5, atol=1e-5)
+    both = k.float() + v.float()
+    torch.testing.assert_close(sums, both.view(B * 2, 32, C).sum(1), rtol=1e-5, atol=1e-5)
     state = torch.randn(B, 3 * T // rows, C)
     gk, gv = torch.empty_like(k), torch.empty_like(v)
     patterns.backward_pattern[B, 2](k, v, gy, state, gk, gv, T, **options)
     of_tile = state.view(B, T // rows, 3, C).sum(2).repeat_interleave(rows, 1)
-    torch.testing.assert_close(gk, ((k + v) + of_tile).to(dtype))
-    torch.testing.assert_close(gv, (k + v) * gy)
+    torch.testing.assert_close(gk, (both + of_tile).to(dtype))
+    torch.testing.assert_close(gv, (both * gy).to(dtype))
 
 
 def test_pattern_counts_the_bytes_that_its_tensors_have():
@@ -221,7 +222,7 @@ def test_empty_tensors_are_like_those_that_are_measured(case):
 
 def test_launches_have_names_of_their_own_and_every_part_has_some():
     names = [name for name, _ in tune.launches()]
-    assert len(names) == len(set(names)) + 1  # the load beside a chain is a candidate too
+    assert len(names) == len(set(names))
     for part in ("chain of loads", "nothing", "skeleton", "slice, summary", "wkv forward", "linear_scan backward"):
         assert any(name.startswith(part) for name in names)
 
@@ -283,4 +284,4 @@ def test_arguments_that_are_wrong_are_refused(refused, arguments, message):
 
 
 def test_help_names_every_option(capsys):
-    assert_help_names(tune, "help parts seconds rows rehearse out", capsys)
+    assert_help_names(tune, "parts seconds rows rehearse out", capsys)
