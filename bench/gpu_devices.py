@@ -12,7 +12,7 @@ from command_line import Parser
 
 LAUNCH_SECONDS = 3e-6  # assumed of every launch
 RESULTS = Path(__file__).parent / "results"
-# Of the rows, by the field of a device that they are: the name, what tells one from others, and how several are taken.
+# By the field of a device the name of its rows, and what tells the one that counts from others of that name.
 FIELDS = {
     "multiprocessors": ("multiprocessors", {}),
     "clock": ("clock", {"beside": "wkv backward"}),

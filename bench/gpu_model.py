@@ -32,7 +32,7 @@ except ImportError as error:
 
 from fastwkv.kernels.config import CARRY_GROUP, Launch, scan_launch, wkv_launch
 
-TARGET = "sm_90"  # of both GPUs below
+TARGET = "sm_90"  # of the GPUs that it knows
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "complex64": 8, "bfloat16x2": 4}
 ACCUMULATOR = {"bfloat16": 4, "float32": 4, "complex64": 8, "bfloat16x2": 8}  # bytes of a state's number
 TERMS = ("memory", "units", "chain", "latency")  # of a kernel
