@@ -29,7 +29,7 @@ from fastwkv.kernels.config import (
     FORWARD_REGISTERS,
     FP_FUSION,
     SCAN_ROWS,
-    STAGES,
+    Launch,
     checkpoint_rows,
     scan_launch,
     scan_rows,
@@ -174,13 +174,15 @@ def compile_variant(job: tuple[int, str, str]) -> Figures:
     return figures(VARIANTS[index], dtype, target)
 
 
-def figures(variant: Variant, dtype: str, target: str) -> Figures:
-    """Compile a variant for one dtype and target, and read the result."""
+def figures(variant: Variant, dtype: str, target: str, launch: Launch | None = None) -> Figures:
+    """Compile a variant for one dtype and target, and read the result; ``launch`` has another shape than the usual."""
     element = COMPLEX.get(dtype, dtype)
     acc = "fp64" if element == "float64" else "fp32"
     exact = element not in ("bfloat16", "float16")
     size = {"float64": 8, "float32": 4}.get(element, 2) * (2 if dtype in COMPLEX else 1)
-    launch = scan_launch(1, 1, 1, 1, size) if variant.scan else wkv_launch(1, 1, 1, 1, size)
+    usual = scan_launch if variant.scan else wkv_launch
+    backward = not {"ga_ptr", "gk_ptr"}.isdisjoint(variant.kernel.arg_names)
+    launch = launch or usual(1, 1, 1, 1, size, backward)
     rows = variant.rows
     if variant.scan and rows == SCAN_ROWS:
         packed = "edge_ptr" not in variant.absent
@@ -191,7 +193,7 @@ def figures(variant: Variant, dtype: str, target: str) -> Figures:
     block = BLOCKS.get(variant.kernel, launch.block_c)
     constants = {
         "ROWS": rows,
-        "STAGES": STAGES,
+        "STAGES": launch.stages,
         "GROUP": CARRY_GROUP,
         "BLOCK_C": block,
         "BLOCK": block,

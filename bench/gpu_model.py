@@ -1,4 +1,4 @@
-"""What the operators should take on a GPU: a model's predictions from the machine code, nothing measured.
+"""What the operators should take on a GPU: a model's predictions from the machine code.
 
 A kernel takes the longest of
 - memory: the bytes that it loads and stores, over the copy bandwidth
@@ -8,48 +8,36 @@ A kernel takes the longest of
 A pass is the sum of its kernels, of what carries the state from chunk to chunk and of what every launch costs. The
 fraction is that of the copy bandwidth, on the bytes that every implementation has to move. A real kernel overlaps the
 terms less well than this; a memory that is not busy answers sooner. Written to gpu_model.json as well.
+
+What a device does is assumed, or taken from what tune.py has measured there: from --measured, or from the results
+beside this program where they have such a file. The table says which.
 """
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 try:
     import unmeasured
     from command_line import Parser, add_out, names
     from compiled_gpu import LOAD_CYCLES, Figures
+    from gpu_devices import DEVICES, Device, devices_of, source_lines
     from operator_base import GPU_SHAPES, Shape, shape_name
 except ImportError as error:
     sys.exit(f"gpu_model.py: {error}; pip install -e '.[bench]' installs what it needs")
 
 from fastwkv.kernels.config import CARRY_GROUP, Launch, scan_launch, wkv_launch
 
-TARGET = "sm_90"  # of both GPUs below
+TARGET = "sm_90"  # of the GPUs that it knows
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "complex64": 8, "bfloat16x2": 4}
 ACCUMULATOR = {"bfloat16": 4, "float32": 4, "complex64": 8, "bfloat16x2": 8}  # bytes of a state's number
-LAUNCH_SECONDS = 3e-6  # assumed of every launch
 TERMS = ("memory", "units", "chain", "latency")  # of a kernel
 COLUMNS = "{:<6} {:<17} {:<10} {:<16} {:<18} {:>6} {:>6} {:>8}" + " {:>8}" * 7 + " {:>8}  {}"
 CARRY_CLOCKS = 205  # of a chunk's summary, "wkv forward, carry" of compiled.py; a group of them waits once for memory
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU. Bandwidths are what a copy is expected to reach, clocks those that are held under load."""
-
-    multiprocessors: int
-    clock: float
-    copy_bandwidth: float
-    latency: float
-    """Seconds until a load is answered on a busy memory."""
-
-
-DEVICES = {
-    "h200": Device(132, 1.755e9, 4.3e12, 0.8e-6),
-    "h100": Device(132, 1.755e9, 3.0e12, 0.8e-6),
-}
 
 
 @dataclass(frozen=True)
@@ -206,26 +194,34 @@ def predict(
         moved=sum(moved) + summaries,
         kernels=tuple(terms),
         carry=carry,
-        launches=which.launches[chunks > 1] * LAUNCH_SECONDS,
+        launches=which.launches[chunks > 1] * device.launch,
         compulsory=which.elements * itemsize * B * T * C / device.copy_bandwidth,
     )
 
 
-def compiled(operator: str, dtype: str) -> dict[str, Figures]:
-    """Compile the kernels of all passes of an operator and return their figures by name."""
+def compiled(operator: str, dtype: str, program: Launch | None = None) -> dict[str, Figures]:
+    """Compile the kernels of all passes of an operator, with another program or the usual; their figures by name."""
     # Here, since kernels that are interpreted elsewhere in the process cannot be compiled.
     from compiled_variants import MODELLED, figures
 
     wanted = {name for one in OPERATORS[operator].passes.values() for name in (one.finish, one.summary)}
-    return {one.name: figures(one, dtype, TARGET) for one in MODELLED if one.name in wanted}
+    return {one.name: figures(one, dtype, TARGET, program) for one in MODELLED if one.name in wanted}
 
 
-def model_rows(gpu: str, operator: str, dtype: str, kernels: Mapping[str, Figures]) -> list[dict[str, Any]]:
-    """Return what the model says of every shape and pass of an operator on a GPU."""
-    device, op, found = DEVICES[gpu], OPERATORS[operator], []
+def model_rows(
+    gpu: str,
+    device: Device,
+    operator: str,
+    dtype: str,
+    kernels: Mapping[str, Figures],
+    program: Launch | None = None,
+) -> list[dict[str, Any]]:
+    """Return what the model says of every shape and pass of an operator on a GPU, chunks being as usual."""
+    op, found = OPERATORS[operator], []
     for shape in GPU_SHAPES:
         for which, one in op.passes.items():
             launch = op.launch(*shape, device.multiprocessors, ITEMSIZE[dtype], which == "backward")
+            launch = replace(program, chunk=launch.chunk) if program else launch
             predicted = predict(one, shape, ITEMSIZE[dtype], launch, kernels, device, ACCUMULATOR[dtype])
             row: dict[str, Any] = {"gpu": gpu, "op": operator, "dtype": dtype, "pass": which}
             row |= dict(zip("BTC", shape, strict=True))
@@ -245,30 +241,44 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def program_of(text: str) -> Launch:
+    """Read channels, warps and tiles of a program; a lane has one channel, as the number of chunks is chosen for."""
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if len(numbers) != 3 or numbers[0] not in (32, 64, 128, 256) or numbers[0] != 32 * numbers[1] or numbers[2] < 2:
+        raise argparse.ArgumentTypeError(f"expected channels, warps and tiles such as 64,2,5, got {text!r}")
+    return Launch(numbers[0], numbers[1], 0, numbers[2])
+
+
 def main() -> None:
     parser = Parser(prog="gpu_model.py", description=__doc__.split("\n\n")[0])
     option = parser.add_argument
     option("--devices", type=names("device", DEVICES), default=["h200"], metavar="LIST", help=", ".join(DEVICES))
+    option("--measured", type=Path, metavar="FILE", help="of tune.py (default: those of bench/results)")
+    option("--program", type=program_of, metavar="C,W,S", help="channels, warps and tiles (default: those in use)")
     option("--ops", type=names("op", OPERATORS), default=list(OPERATORS), metavar="LIST", help=", ".join(OPERATORS))
     option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
     add_out(parser)
     args = parser.parse_args()
     unmeasured.check(args.out, "gpu_model", parser)
 
-    assumed = {name: asdict(DEVICES[name]) for name in args.devices}
-    settings = {"target": TARGET, "assumed": assumed, "launch_seconds": LAUNCH_SECONDS, "carry_clocks": CARRY_CLOCKS}
+    devices = devices_of(args, parser)
+    every = {name: (asdict(device), known) for name, (device, known) in devices.items()}
+    assumed = {name: {key: one[key] for key in one if key not in known} for name, (one, known) in every.items()}
+    settings = {"target": TARGET, "assumed": assumed, "measured": {name: known for name, (_, known) in every.items()}}
+    settings |= {"carry_clocks": CARRY_CLOCKS, "program": asdict(args.program) if args.program else None}
     record = unmeasured.record("gpu_model", settings)
     cases = [(op, dtype) for op in args.ops for dtype in args.dtypes if dtype in OPERATORS[op].dtypes]
     try:
-        kernels = {case: compiled(*case) for case in cases}
+        kernels = {case: compiled(*case, args.program) for case in cases}
     except ImportError as error:
         sys.exit(f"gpu_model.py: {error}; it needs Triton, which exists on Linux only")
-    print("Predictions of a model, microseconds. Nothing here has been measured.")
+    print("Predictions of a model, microseconds. Nothing here has been measured but what is said to be of a device.")
+    print("\n".join(source_lines(devices)))
     terms = (*TERMS, "carry", "launches", "total")
     titles = ("device", "op", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit")
     print(COLUMNS.format(*titles))
-    for gpu, case in itertools.product(args.devices, cases):
-        rows = model_rows(gpu, *case, kernels[case])
+    for gpu, case in itertools.product(devices, cases):
+        rows = model_rows(gpu, devices[gpu][0], *case, kernels[case], args.program)
         print("\n".join(map(_line, rows)))
         record["rows"] += rows
     unmeasured.write(args.out, record)

@@ -221,14 +221,16 @@ class StepTask(CudaTask):
 
 def copy_bandwidth(cuda: Cuda) -> float:
     """Return GB/s of reading and writing while a tensor is copied: of several sizes the largest median."""
+    return max(2 * size / float(np.median(copy_seconds(cuda, size))) / 1e9 for size in COPIED)
+
+
+def copy_seconds(cuda: Cuda, size: int) -> list[float]:
+    """Return the seconds, several times, in which a tensor of so many bytes is copied."""
     effort = Effort(repeats=9, seconds=0.0)
-    found = []
-    for size in COPIED:
-        source = torch.ones(size // 4, device=cuda.device)
-        target = torch.empty_like(source)
-        task = CudaTask(lambda pair: pair[1].copy_(pair[0]), cuda.device, cuda=cuda, make=lambda p=(source, target): p)
-        task.first = task.run()[1]
-        while not task.enough(effort):
-            task.take_turn(effort)
-        found.append(2 * source.nbytes / float(np.median(task.seconds)) / 1e9)
-    return max(found)
+    source = torch.ones(size // 4, device=cuda.device)
+    target = torch.empty_like(source)
+    task = CudaTask(lambda pair: pair[1].copy_(pair[0]), cuda.device, cuda=cuda, make=lambda: (source, target))
+    task.first = task.run()[1]
+    while not task.enough(effort):
+        task.take_turn(effort)
+    return task.seconds

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from compiled_gpu import LOAD_CYCLES, Figures
-from gpu_model import LAUNCH_SECONDS, OPERATORS, Device, Pass, kernel_terms, predict
+from gpu_devices import LAUNCH_SECONDS, Device
+from gpu_model import OPERATORS, Pass, kernel_terms, predict
 from operator_base import GPU_SHAPES
 
 from fastwkv.kernels.config import Launch
@@ -95,6 +96,7 @@ def test_time_in_chunks_costs_another_pass_and_launches():
     assert chunked.chunks == 2
     assert len(chunked.kernels) == 2
     assert chunked.launches == 3 * LAUNCH_SECONDS
+    assert prediction(launch=Launch(64, 1, 512), device=replace(DEVICE, launch=1e-6)).launches == pytest.approx(3e-6)
     assert chunked.carry > 0
     assert chunked.total == sum(kernel.total for kernel in chunked.kernels) + chunked.carry + chunked.launches
     summaries = 12 * 4 * 100 * 2 * 640
@@ -108,8 +110,9 @@ def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     command = [sys.executable, SCRIPT, "--ops", "wkv,linear_scan_fixed", "--dtypes", "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, _, *lines = done.stdout.partition("\n\nwrote")[0].splitlines()
+    first, source, _, *lines = done.stdout.partition("\n\nwrote")[0].splitlines()
     assert "Predictions" in first
+    assert source.startswith("h200: assumed multiprocessors 132, clock 1.755e+09")
     record = json.loads((tmp_path / "gpu_model.json").read_text())
     assert record["device"] == {"type": "none", "name": "computed, nothing measured"}
     assert (record["settings"]["target"], list(record["settings"]["assumed"])) == ("sm_90", ["h200"])

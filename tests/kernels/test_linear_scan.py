@@ -69,10 +69,15 @@ def test_memory_beside_packed_tensors_is_neither_read_nor_written(implementation
 
 
 @settings(max_examples=12)
-@given(case=cases(max_tokens=50, dtypes=EXACT), blocks=st.integers(1, 2), block_c=st.sampled_from((16, 32)))
-def test_chunks_along_time_change_nothing(case, blocks, block_c):
+@given(
+    case=cases(max_tokens=50, dtypes=EXACT),
+    blocks=st.integers(1, 2),
+    program=st.sampled_from(((16, 1, 4), (32, 1, 4), (32, 1, 6), (64, 2, 4), (64, 2, 5), (128, 4, 4))),
+)
+def test_chunks_along_time_and_shapes_of_programs_change_nothing(case, blocks, program):
+    block_c, num_warps, stages = program
     with Implementation("triton") as context:
-        chunked = launch(context, case, launch=Launch(block_c, 1, blocks * SCAN_ROWS))
+        chunked = launch(context, case, launch=Launch(block_c, num_warps, blocks * SCAN_ROWS, stages))
     for index, (result, wanted) in enumerate(zip(chunked, launch(CPU, case), strict=True)):
         assert relative_error(result, wanted, floor=1.0) <= 1e-13, index
 

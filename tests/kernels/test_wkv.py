@@ -132,11 +132,12 @@ def test_step_keeps_to_its_memory(implementation):
 @given(
     case=cases(max_tokens=60, dtypes=(torch.float32, torch.float64)),
     blocks=st.integers(1, 2),
-    block_c=st.sampled_from((4, 32)),
+    program=st.sampled_from(((4, 1, 4), (32, 1, 4), (32, 1, 6), (64, 2, 4), (64, 2, 5), (128, 4, 4))),
 )
-def test_chunks_along_time_change_nothing(case, blocks, block_c):
+def test_chunks_along_time_and_shapes_of_programs_change_nothing(case, blocks, program):
+    block_c, num_warps, stages = program
     with Implementation("triton") as context:
-        results = launch(context, case, launch=Launch(block_c, 1, blocks * ROWS))
+        results = launch(context, case, launch=Launch(block_c, num_warps, blocks * ROWS, stages))
     wanted = exact(case)
     output, gradient = ORDINARY[case.dtype]
     assert_meets(results, wanted, [output] + [gradient] * (len(wanted) - 1), floor=1.0)
