@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from piece.reference import relative_error
+from torch import Tensor
 
 Results = dict[str, Tensor]
 

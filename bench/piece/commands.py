@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +39,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         option("--steps", type=_names(steps), default=[], metavar="LIST", help="only these, comma-separated")
         option("--groups", type=_names(plan.GROUPS), default=[], metavar="LIST", help="of correctness, only these")
         option("--commit", metavar="HASH", help="of this copy, where git cannot be asked")
-        option("--rehearse", action="store_true", help="on a CPU: kernels interpreted, shapes tiny, the device simulated")
+        option(
+            "--rehearse", action="store_true", help="on a CPU: kernels interpreted, shapes tiny, the device simulated"
+        )
         option("--wrong", metavar="GROUP", help="with --rehearse, a group of correctness that is given a wrong result")
         option("--hang", metavar="STEP", help="with --rehearse, a step that never returns")
         _add_out(one)
@@ -116,11 +119,10 @@ def main(arguments: list[str], began: float | None = None) -> int:
     about = {"what": "begun", "command": args.kind, "budget": args.budget, "commit": hash_, "code": digest()}
     written.add("run", {**about, "rehearsal": args.rehearse})
     steps = runner.only(plan.PLANS[args.kind](), args.steps, args.groups)
-    with runner.unpacked_cache(written) as cache:
-        run = runner.Run(
-            args.kind, steps, args.budget, written,
-            rehearse=args.rehearse, hang=args.hang, surroundings=surroundings | cache,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="kernels-", ignore_cleanup_errors=True) as cache:
+        surroundings["TRITON_CACHE_DIR"] = cache  # the first step fills it with what was compiled beforehand
+        rehearsed = {"rehearse": args.rehearse, "hang": args.hang}
+        run = runner.Run(args.kind, steps, args.budget, written, **rehearsed, surroundings=surroundings)
         status = run.run()
     print(f"\n{run.table()}", flush=True)
     return status

@@ -16,14 +16,14 @@ if "--rehearse" in sys.argv:
 
 import torch
 from decode_run import parameters_read
+from piece.checking import emit, reason, the_device
+from piece.clocks import Clocks
+from piece.generation_cases import REHEARSED, model
 from program import no_garbage_collection
 from providers import interpreted_kernels
 from torch.profiler import ProfilerActivity, profile
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
-from piece.checking import emit, reason, the_device
-from piece.clocks import Clocks
-from piece.generation_cases import REHEARSED, model
 
 PROMPT, BEFORE, TOKENS, TRACED, TOP = 16, 4, 128, 4, 15
 DTYPE = torch.bfloat16

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from piece.checking import Case, Check, Results
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
-from piece.checking import Case, Check, Results
 
 CONFIG = RWKV4Config(layers=3, width=64, vocab_size=97)
 REHEARSED = RWKV4Config(layers=1, width=8, vocab_size=11)

@@ -24,15 +24,15 @@ import torch
 from operator_base import documents
 from ops_cuda import CudaTask
 from ops_timing import Effort
+from piece.checking import emit, reason, the_device
+from piece.clocks import Clocks
+from piece.host_clock import Immediate
 from torch import Tensor
 
 from fastwkv.kernels.linear_scan import linear_scan_fwd
 from fastwkv.kernels.linear_scan_bwd import linear_scan_bwd
 from fastwkv.kernels.wkv import wkv_fwd
 from fastwkv.kernels.wkv_bwd import wkv_bwd
-from piece.checking import emit, reason, the_device
-from piece.clocks import Clocks
-from piece.host_clock import Immediate
 
 SHAPES = ((8, 4096, 2048), (32, 1024, 1024), (8, 1024, 768), (1, 65536, 1024), (8, 4096, 4096), (1, 131072, 2560))
 KINDS = (

@@ -7,15 +7,18 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from piece.runner import READY
+from piece.runner import CACHE
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
 TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
-QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
+QUERY = (
+    "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
+)
 
 
 def emit(**row: Any) -> None:
@@ -52,30 +55,19 @@ def devices() -> list[dict[str, str]]:
     return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in done.stdout.splitlines()]
 
 
-def triton_key() -> str | None:
-    """Return what Triton says of itself in the key of every kernel in its cache; None where it does not say."""
+def unpacked(cache: Path, folder: Path) -> dict[str, Any]:
+    """Unpack the kernels that were compiled beforehand into Triton's cache; return what of them is of use."""
+    began = time.monotonic()
     try:
-        from triton.runtime import cache  # of Triton 3.6
-
-        if hasattr(cache, "triton_key"):
-            return str(cache.triton_key())
-        from triton.compiler import compiler
-
-        return str(compiler.triton_key())
-    except (ImportError, AttributeError):
-        return None
-
-
-def cache_fits(prepared: Path = READY / "triton_key", key: str | None = None) -> dict[str, Any]:
-    """Return whether kernels that were compiled beforehand are those that this Triton would look for, and why not."""
-    if not prepared.is_file():
-        return {"fits": None, "reason": "nothing was compiled beforehand: kernels are compiled when they are needed"}
-    key = key or triton_key()
-    if key is None:
-        return {"fits": None, "reason": "Triton does not say which key it has"}
-    if prepared.read_text().strip() == key.strip():
-        return {"fits": True}
-    return {"fits": False, "reason": "compiled by another Triton: all kernels are compiled again, which takes minutes"}
+        from ready import kernel_cache
+    except ImportError:
+        return {"kernels": 0, "reason": "nothing here was compiled beforehand"}
+    if not cache.exists():
+        return {"kernels": 0, "reason": f"there is no {cache.name}: kernels are compiled when they are needed"}
+    fit = kernel_cache.unpack(cache, folder)
+    row = {"kernels": fit.kernels, "launchers": fit.launchers, "notes": list(fit.notes)}
+    row["unpacking"] = time.monotonic() - began
+    return row | ({"error": "; ".join(fit.reasons)} if fit.reasons else {})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = devices()
     emit(what="device", devices=found, cores=os.cpu_count())
     emit(what="software", versions=versions(), tools=tools())
-    fits = cache_fits()
-    emit(what="cache", **fits, **({"error": fits["reason"]} if fits["fits"] is False else {}))
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        emit(what="cache", **unpacked(CACHE, Path(folder)))
     if not found and not args.rehearse:
         emit(what="device", error="there is no GPU here")
         return 1

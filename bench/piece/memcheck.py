@@ -23,7 +23,6 @@ def tool() -> str | None:
 def launch(group: str, rehearse: bool) -> int:
     """Launch every case of a group that is looked at; return the exit status."""
     import torch
-
     from piece import checking, correctness
 
     device = checking.the_device(rehearse)

@@ -89,14 +89,12 @@ def memcheck(groups: Sequence[str], seconds: float, importance: int = 30) -> Ste
 def first() -> list[Step]:
     """Return the steps of the first command: is it right, how fast is it, which shape of program is best, and why."""
     tests = ("tests/kernels/test_cuda.py", "tests/kernels/test_cuda_generation.py")
-    tune = ("bench/tune.py", "--rows", "--seconds", "{seconds}", "--parts")
+    tune = ("bench/tune.py", "--rows", "--seconds", "{seconds}", "--out", "{out}")
     return [
         one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
         correctness(65),
         one("headline", "bandwidth, forward and backward", 58, 15, 90, *module("headline", "--seconds", "{seconds}")),
-        one("assumptions", "what the model assumes", 15, 5, 60, *tune, "assumptions,skeleton"),
-        one("tuning", "which shape of program is best", 50, 10, 80, *tune, "shapes"),
-        one("l2", "what a pass finds in L2 of what the last one read", 22, 8, 50, *tune, "l2"),
+        one("tuning", "which launch shape is best, what the model assumes", 88, 15, 80, *tune),
         one("generation", "a token of the 3b model", 35, 20, 70, *module("generation", "--seconds", "{seconds}")),
         one("profile", "one launch each under ncu", 24, 12, 40, *module("profile")),
         one("tests", "the tests on CUDA tensors", 20, 12, 20, *module("tests", "-n", "8", *tests)),
@@ -105,19 +103,18 @@ def first() -> list[Step]:
 
 def second() -> list[Step]:
     """Return the steps of the second command: is what was mended right, and how fast is it beside its peers."""
+    timed = ("--seconds", "{seconds}", "--out", "{out}")
+    tests = ("-n", "14", "-k", "triton", "tests/ops")
     build = Command("peers-build", module("peers", "--build"))
     return [
         one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
         Step("peers-build", "the CUDA peers are compiled", 0, 0, 95, (build,), background=True),
         correctness(45),
-        one("peers", "ours beside its peers", 130, 30, 90, *module("peers", "--seconds", "{seconds}", "--out", "{out}")),
-        one(
-            "gen_time", "time to generate, beside a transformer", 100, 30, 80,
-            *module("gen_time_rows", "--seconds", "{seconds}", "--out", "{out}"),
-        ),
-        one("tests", "the tests of the operators on the GPU", 60, 20, 40, *module("tests", "-n", "14", "-k", "triton", "tests/ops")),
+        one("peers", "ours beside its peers", 130, 30, 90, *module("peers", *timed)),
+        one("gen_time", "time to generate, beside a transformer", 100, 30, 80, *module("gen_time_rows", *timed)),
+        one("tests", "the tests of the operators on the GPU", 60, 20, 40, *module("tests", *tests)),
         memcheck(("wkv-bfloat16", "scan-complex64"), 30),
-    ]  # fmt: skip
+    ]
 
 
 PLANS = {"first": first, "second": second}
@@ -136,12 +133,12 @@ def chosen(steps: Sequence[Step], budget: float) -> tuple[list[Step], list[Step]
 def share(steps: Sequence[Step], left: float) -> float:
     """Return the seconds of the first of these steps, of ``left`` for all of them.
 
-    It gets what is planned for it and all that is to spare. If less is left than planned, each gets the same part of
-    what it has above its least.
+    If more is left than planned, each gets so much more of it; if less, each the same part of what it has above its
+    least. So what a step leaves over passes on to all that follow.
     """
     planned, least = sum(step.seconds for step in steps), sum(step.least for step in steps)
     step = steps[0]
     if left >= planned:
-        return step.seconds + left - planned
+        return step.seconds * left / planned
     part = (left - least) / (planned - least) if planned > least else 0.0
     return step.least + max(0.0, part) * (step.seconds - step.least)

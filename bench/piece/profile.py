@@ -1,4 +1,4 @@
-"""One launch each of WKV forward and backward under ncu: how busy memory and schedulers are, and what warps wait for."""
+"""One launch each of WKV forward and backward under ncu: how busy memory is, and what warps wait for."""
 
 import argparse
 import csv
@@ -49,7 +49,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 def launch(rehearse: bool) -> int:
     """Launch the first case of headline.py twice, of which the second is looked at."""
     import torch
-
     from piece import headline
     from piece.checking import the_device
 

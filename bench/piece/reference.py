@@ -4,6 +4,7 @@ Both are associative. So a token's result is made of windows that double: a wind
 d after the one of the d before, and after log2 T rounds each has the whole past. Autograd differentiates it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def linear_scan(
     if offsets is None:
         return _scan(a, x, initial, reverse)
     pieces, states = [], []
-    for n, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
         first = None if initial is None else initial[n : n + 1]
         h, state = _scan(a[:, begin:end], x[:, begin:end], first, reverse)
         pieces.append(h)
@@ -54,7 +55,7 @@ def wkv(
     if offsets is None:
         return _wkv(w, u, k, v, initial)
     pieces, means, weights = [], [], []
-    for n, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
         first = None if initial is None else State(*(field[n : n + 1] for field in initial))
         y, state = _wkv(w, u, k[:, begin:end], v[:, begin:end], first)
         pieces.append(y)

@@ -2,14 +2,11 @@
 
 import contextlib
 import itertools
-import shutil
+import os
 import signal
-import tarfile
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from piece import plan, processes, table
@@ -20,6 +17,7 @@ from piece.processes import ROOT, Running
 READY = ROOT / "build" / "gpu-ready"  # what a machine without a GPU has prepared
 CACHE = READY / "cache.tar.xz"
 HANGS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"
+HANGING = 3.0  # seconds that a rehearsal gives a step that never returns
 
 
 class Run:
@@ -84,6 +82,8 @@ class Run:
             return
         began = time.monotonic()
         print(f"{began - self.journal.began:5.0f} s  {step.name}: {step.about}", flush=True)
+        if step.name == self.hang:
+            seconds = min(seconds, HANGING)
         failed = self._commands(step, step.commands, began + seconds)
         if failed and step.followed:
             self._follow(failed, began + seconds)
@@ -94,14 +94,18 @@ class Run:
         return self.deadline - plan.CLOSING - time.monotonic()
 
     def _commands(self, step: Step, commands: Sequence[Command], until: float) -> list[str]:
-        """Run commands at once; return the names of those that failed."""
-        began = time.monotonic()
+        """Run commands at once, in a rehearsal as many as there are cores; return the names of those that failed."""
+        began, failed = time.monotonic(), []
         until -= min(processes.GRACE, (until - began) / 4)  # the grace is part of its time
-        deadlines = {one.name: min(until, began + one.most) for one in commands}
-        self.now = [self._start(step, one, deadlines[one.name] - began) for one in commands]
-        processes.wait(self.now, deadlines)
-        failed = [one.name for one in self.now if not self._ended(step.name, one)]
-        self.now = []
+        size = (os.cpu_count() or 1) if self.rehearse else len(commands)
+        for first in range(0, len(commands), size):
+            some = commands[first : first + size]
+            # Where a rehearsal runs, a process may take many times as long.
+            deadlines = {one.name: until if self.rehearse else min(until, began + one.most) for one in some}
+            self.now = [self._start(step, one, deadlines[one.name] - began) for one in some]
+            processes.wait(self.now, deadlines)
+            failed += [one.name for one in self.now if not self._ended(step.name, one)]
+            self.now = []
         return failed
 
     def _follow(self, failed: Sequence[str], until: float) -> None:
@@ -147,26 +151,6 @@ class Run:
     def _skipped(self, step: Step, why: str) -> None:
         self.journal.add(step.name, {"what": "skipped", "reason": why})
         print(f"skipped {step.name}: {why}", flush=True)
-
-
-@contextlib.contextmanager
-def unpacked_cache(journal: Journal) -> Iterator[dict[str, str]]:
-    """Unpack the kernels that were compiled beforehand; yield the environment in which Triton finds them."""
-    with contextlib.ExitStack() as stack:
-        folder = tempfile.mkdtemp(prefix="kernels-")
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        if CACHE.exists():
-            began = time.monotonic()
-            try:
-                with tarfile.open(CACHE) as archive:
-                    archive.extractall(folder, filter="data")
-                kernels = sum(1 for _ in Path(folder).rglob("*.cubin"))
-                journal.add("cache", {"what": "unpacked", "kernels": kernels, "seconds": time.monotonic() - began})
-            except (OSError, tarfile.TarError) as error:
-                journal.add("cache", {"what": "unpacked", "kernels": 0, "error": f"{CACHE.name}: {error}"})
-        else:
-            journal.add("cache", {"what": "unpacked", "kernels": 0, "reason": f"there is no {CACHE.relative_to(ROOT)}"})
-        yield {"TRITON_CACHE_DIR": folder}
 
 
 @contextlib.contextmanager

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from piece import reference
+from piece.checking import ROUNDING, Case, Check, Results, draws
+from piece.wkv_cases import BATCH, LENGTHS, LENGTHS_REHEARSED
 from torch import Tensor
 
 import fastwkv
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan import linear_scan_fwd
 from fastwkv.kernels.linear_scan_bwd import linear_scan_bwd, linear_scan_bwd_
-from piece import reference
-from piece.checking import ROUNDING, Case, Check, Results, draws
-from piece.wkv_cases import BATCH, LENGTHS, LENGTHS_REHEARSED
 
 # Of a and of x; of bfloat16x2 x holds pairs, beside a complex a.
 DTYPES = {
@@ -71,7 +71,7 @@ def cases(dtype: str, rehearse: bool = False) -> Iterator[Case]:
     """Return the cases of a dtype: every form at every length, by the launchers and by the public function."""
     lengths = LENGTHS_REHEARSED if rehearse else LENGTHS
     for form in [Form(3, True, True, True, reverse=True)] if rehearse else forms(dtype):
-        for T in (T for T, (chunk, _) in lengths.items() if T > chunk or not form.chunks):
+        for T in (T for T, (chunk, _) in lengths.items() if chunk < T or not form.chunks):
             yield Case(f"T={T} {form}", partial(launched, dtype, form, T, False, lengths), short=T < 1000)
         if dtype in PUBLIC and not rehearse:
             T = 1000 if form.chunks else 83  # for which it chooses to cut time, or not to
@@ -186,7 +186,7 @@ def bounds(dtype: str, form: Form) -> dict[str, float]:
     What is stored in 16 bits is rounded once; states beside it are sums in float32, and a multiplier e^{log a} is then
     one instruction, two units of 2^-22 off: over the twenty tokens that such gates remember on average, 5e-6.
     """
-    of_a, of_x = DTYPES[dtype]
+    _of_a, of_x = DTYPES[dtype]
     if of_x in (torch.float64, torch.complex128):
         return dict.fromkeys(("h", "final", "ga", "gx", "gx in place", "gh0"), 1e-12)
     found = {"h": 1e-6, "final": 1e-6} | dict.fromkeys(("ga", "gx", "gx in place", "gh0"), 2e-6)
@@ -197,9 +197,7 @@ def bounds(dtype: str, form: Form) -> dict[str, float]:
     return found
 
 
-def public(
-    dtype: str, form: Form, T: int, lengths: dict[int, tuple[int, list[int]]], device: torch.device
-) -> Check:
+def public(dtype: str, form: Form, T: int, lengths: dict[int, tuple[int, list[int]]], device: torch.device) -> Check:
     """Return the check of the public function and of its gradients by autograd."""
     inputs = draw(dtype, form, T, False, lengths[T][1], device)
     inputs.gfinal = None

@@ -5,16 +5,16 @@ from functools import partial
 from itertools import product
 
 import torch
+from piece import reference, wkv_cases
+from piece.checking import ROUNDING, Case, Check, Results, draws
+from piece.scan_cases import DTYPES as SCAN_DTYPES
+from piece.wkv_cases import BATCH, DTYPES, meaning
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastwkv.kernels.linear_scan_step import linear_scan_step
 from fastwkv.kernels.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_step_gated_
 from fastwkv.kernels.wkv_step import wkv_step
-from piece import reference, wkv_cases
-from piece.checking import ROUNDING, Case, Check, Results, draws
-from piece.scan_cases import DTYPES as SCAN_DTYPES
-from piece.wkv_cases import BATCH, DTYPES, meaning
 
 TOKENS, TOKENS_SHORT = 1000, 16
 # Of the norm: one rounding of each result, and some of sums.

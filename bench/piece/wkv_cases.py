@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from piece import reference
+from piece.checking import ROUNDING, Case, Check, Results, draws
 from torch import Tensor
 
 import fastwkv
@@ -12,8 +14,6 @@ from fastwkv import WKVState
 from fastwkv.kernels.launch import launch_for
 from fastwkv.kernels.wkv import wkv_fwd
 from fastwkv.kernels.wkv_bwd import wkv_bwd
-from piece import reference
-from piece.checking import ROUNDING, Case, Check, Results, draws
 
 # Tokens, those of a chunk where time is cut, and offsets where sequences are packed: chunks of one block of rows and of
 # several, sequences of one token, and such as start and end inside, at the edge of and across chunks.
@@ -63,7 +63,7 @@ def cases(dtype: str, rehearse: bool = False) -> Iterator[Case]:
     """Return the cases of a dtype: every form at every length, by the launchers and by the public function."""
     lengths = LENGTHS_REHEARSED if rehearse else LENGTHS
     for form in [Form(3, True, True, True)] if rehearse else forms(dtype):
-        for T in (T for T, (chunk, _) in lengths.items() if T > chunk or not form.chunks):
+        for T in (T for T, (chunk, _) in lengths.items() if chunk < T or not form.chunks):
             prepare = partial(launched, dtype, form, T, "ordinary", lengths)
             yield Case(f"T={T} {form}", prepare, short=T < 1000)
         if not rehearse:
@@ -172,9 +172,7 @@ def bounds(dtype: str, kind: str) -> dict[str, float]:
     return found | ({} if rounding is None else dict.fromkeys(("y", "y, no gradient", "gk", "gv"), rounding))
 
 
-def public(
-    dtype: str, form: Form, T: int, lengths: dict[int, tuple[int, list[int]]], device: torch.device
-) -> Check:
+def public(dtype: str, form: Form, T: int, lengths: dict[int, tuple[int, list[int]]], device: torch.device) -> Check:
     """Return the check of the public function and of its gradients by autograd, which end in (num, den, max)."""
     inputs = draw(dtype, form, T, "ordinary", lengths[T][1], device)
     name = f"T={T} {form} public"
