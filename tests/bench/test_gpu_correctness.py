@@ -1,4 +1,4 @@
-"""What a short time on a GPU checks: its cases, here with public functions on the CPU path, and what it says of errors."""
+"""What a short time on a GPU checks: its cases, here on the CPU path, and what it says of errors."""
 
 import json
 from itertools import combinations, product
