@@ -42,6 +42,7 @@ class Run:
         self.surroundings = processes.environment(**(surroundings or {}))
         self.beside: dict[str, list[Running]] = {}
         self.now: list[Running] = []
+        self.step = "run"
 
     def run(self) -> int:
         """Run all steps; return 0 if nothing failed, 1 if something did, 130 after an interrupt."""
@@ -58,7 +59,7 @@ class Run:
             status = 130
         finally:
             with _no_interrupts():
-                self._end(self.now, "interrupted")
+                self._end(self.now, "interrupted", self.step)
                 for name, running in self.beside.items():
                     self._end(running, "ended with the others", name)
                 self._write_table()
@@ -80,6 +81,7 @@ class Run:
         if seconds < step.least:
             self._skipped(step, f"{max(0.0, seconds):.0f} s were left, it needs {step.least:.0f}")
             return
+        self.step = step.name
         began = time.monotonic()
         print(f"{began - self.journal.began:5.0f} s  {step.name}: {step.about}", flush=True)
         if step.name == self.hang:
@@ -141,12 +143,16 @@ class Run:
         self.journal.add(step, row)
         return good
 
-    def _end(self, running: Sequence[Running], status: str, step: str = "run") -> None:
-        for one in running:
-            if one.ended is None:
-                over = one.process.poll() is not None
-                processes.finish(one)
-                self._ended(step, one, None if over else status)
+    def _end(self, running: Sequence[Running], status: str, step: str) -> None:
+        """Ask what is left to end, which writes what it has, and record how each ended."""
+        left = [one for one in running if one.ended is None]
+        over = [one for one in left if one.process.poll() is not None]
+        for one in left:
+            if one not in over:
+                processes.ask(one)
+        processes.wait(left, dict.fromkeys((one.name for one in left), 0.0))
+        for one in left:
+            self._ended(step, one, None if one in over else status)
 
     def _skipped(self, step: Step, why: str) -> None:
         self.journal.add(step.name, {"what": "skipped", "reason": why})
