@@ -1,6 +1,5 @@
 """What every check of correctness does with a case: compare, run again, replay from a CUDA graph, print a row."""
 
-import json
 import os
 import sys
 import traceback
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from piece.journal import emit
 from piece.reference import relative_error
 from torch import Tensor
 
@@ -41,11 +41,6 @@ class Case:
     prepare: Prepare
     short: bool = True
     """Whether it is looked at under compute-sanitizer, too."""
-
-
-def emit(**row: Any) -> None:
-    """Print a row."""
-    print(json.dumps(row), flush=True)
 
 
 def run(group: str, cases: Iterable[Case], device: torch.device) -> int:

@@ -9,7 +9,7 @@ import gen_time
 import program
 from command_line import Parser
 from gen_time_options import parse
-from piece.checking import emit
+from piece.journal import emit
 
 OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
 OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")

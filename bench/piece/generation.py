@@ -16,9 +16,10 @@ if "--rehearse" in sys.argv:
 
 import torch
 from decode_run import parameters_read
-from piece.checking import emit, reason, the_device
+from piece.checking import reason, the_device
 from piece.clocks import Clocks
 from piece.generation_cases import REHEARSED, model
+from piece.journal import emit
 from program import no_garbage_collection
 from providers import interpreted_kernels
 from torch.profiler import ProfilerActivity, profile

@@ -24,9 +24,10 @@ import torch
 from operator_base import documents
 from ops_cuda import CudaTask
 from ops_timing import Effort
-from piece.checking import emit, reason, the_device
+from piece.checking import reason, the_device
 from piece.clocks import Clocks
 from piece.host_clock import Immediate
+from piece.journal import emit
 from torch import Tensor
 
 from fastwkv.kernels.linear_scan import linear_scan_fwd

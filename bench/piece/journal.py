@@ -77,6 +77,11 @@ class Journal:
         part.replace(self.folder / "table.txt")
 
 
+def emit(**row: Any) -> None:
+    """Print a row: what a step does with a figure as soon as it exists."""
+    print(json.dumps(row), flush=True)
+
+
 def read(folder: Path) -> list[Row]:
     """Return the rows in a folder; a last line that was cut off is no row."""
     rows = []

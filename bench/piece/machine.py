@@ -1,7 +1,6 @@
 """Which machine this is, which versions, and whether the kernels that were compiled beforehand fit. No PyTorch yet."""
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from piece.journal import emit
 from piece.runner import CACHE
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
@@ -19,11 +19,6 @@ TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
 )
-
-
-def emit(**row: Any) -> None:
-    """Print a row."""
-    print(json.dumps(row), flush=True)
 
 
 def versions() -> dict[str, str | None]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from piece.journal import emit
 from piece.plan import GROUPS
 from piece.processes import NOT_AVAILABLE
 
@@ -37,8 +38,6 @@ def launch(group: str, rehearse: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status, 77 where the tool is missing or refuses the device."""
-    from piece.checking import emit
-
     parser = argparse.ArgumentParser(prog="memcheck.py", description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--launch", action="store_true", help="what runs under the tool")
@@ -59,8 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(group: str, process: subprocess.Popen[str]) -> int:
     """Print a row for the first bad accesses of each case, as they come, and one for the end."""
-    from piece.checking import emit
-
     case, bad, summary, refused = "", 0, None, False
     assert process.stdout is not None
     for line in process.stdout:

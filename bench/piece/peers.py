@@ -21,7 +21,8 @@ from operators import OPERATORS
 from ops_passes import checked_channels
 from ops_plan import Case
 from piece import reference
-from piece.checking import emit, reason
+from piece.checking import reason
+from piece.journal import emit
 from piece.runner import READY
 from torch import Tensor
 from wkv_cuda_providers import RWKV_CUDA, compiled, longest

@@ -13,7 +13,7 @@ from typing import Any
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from piece.checking import emit
+from piece.journal import emit
 from piece.processes import NOT_AVAILABLE
 
 STALLS = (
