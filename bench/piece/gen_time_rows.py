@@ -34,6 +34,8 @@ class Rows(gen_time.Run):
             self.printed.add(key)
             record = series.record()
             plain = {name: value for name, value in record.items() if isinstance(value, (int, float, str, bool))}
+            if len(total := series.cumulative) > 1:  # the first token has read the prompt too
+                plain["ms"] = float(1e3 * (total[-1] - total[0]) / (len(total) - 1))
             emit(what="series", **plain)
 
 
