@@ -1,5 +1,6 @@
 """What a result file says of the machine and the software: enough to judge the numbers, no names of hosts or paths."""
 
+import os
 import platform
 import re
 import subprocess
@@ -60,6 +61,8 @@ def slug(name: str) -> str:
 
 
 def _commit() -> str | None:
+    if known := os.environ.get("FASTWKV_COMMIT"):  # of a copy without history, from gpu.py
+        return known
     root = str(Path(__file__).resolve().parents[1])
     commit = _first_line("git", "-C", root, "rev-parse", "HEAD")
     code = ("fastwkv", "kernels", "reference", "bench/*.py")

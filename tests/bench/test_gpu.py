@@ -15,8 +15,7 @@ from bench_scripts import ROOT, assert_refused, load
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-gpu, about, command_line = map(load, ("gpu", "about", "command_line"))
-BENCHMARKS = [one for one in gpu.parts(Path("new")) if "--device" in one.command]
+program, gpu, about, command_line = map(load, ("gpu", "piece.parts", "about", "command_line"))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}
 
@@ -182,7 +181,7 @@ def test_device_is_chosen_by_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu, "probe", lambda: ABOUT)
     code = "import sys; from pathlib import Path; Path(sys.argv[1], 'ran').touch()"
     monkeypatch.setattr(gpu, "parts", lambda out: [gpu.Part("one", "", (sys.executable, "-c", code, str(out)))])
-    assert gpu.main([]) == 0
+    assert program.main([]) == 0
     folder = tmp_path / "bench" / "results" / "nvidia-h200"
     assert sorted(path.name for path in folder.iterdir()) == ["gpu.json", "ran"]
 
@@ -190,16 +189,16 @@ def test_device_is_chosen_by_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu, "probe", lambda: other)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert_refused(gpu, ["--out", str(folder)], "was measured on 'NVIDIA H200'", capsys)
+    assert_refused(program, ["--out", str(folder)], "was measured on 'NVIDIA H200'", capsys)
 
 
 def test_list_of_parts_needs_no_gpu(capsys: Any) -> None:
-    assert gpu.main(["--list", "ops"]) == 0
+    assert program.main(["--list", "ops"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ops-wkv", "ops-scan"]
 
 
 def test_bad_command_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused(gpu, ["ops-none"], "unknown part 'ops-none' (choose from tests-wkv, ", capsys)
+    assert_refused(program, ["ops-none"], "unknown part 'ops-none' (choose from tests-wkv, ", capsys)
     monkeypatch.setattr(gpu, "probe", lambda: None)
-    assert_refused(gpu, ["ops"], "there is no GPU here", capsys)
+    assert_refused(program, ["ops"], "there is no GPU here", capsys)

@@ -49,7 +49,7 @@ def test_status_is_that_of_the_tool(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_of_gpu_py_is_the_same() -> None:
-    assert load("gpu").NOT_AVAILABLE == sanitize.NOT_AVAILABLE
+    assert load("piece.processes").NOT_AVAILABLE == sanitize.NOT_AVAILABLE
 
 
 def test_bad_command_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

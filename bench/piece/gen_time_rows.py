@@ -1,0 +1,55 @@
+"""gen_time.py for a short time on a GPU: a row for each series as it ends. Writes gen_time.json too."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import gen_time
+import program
+from command_line import Parser
+from gen_time_options import parse
+from piece.journal import emit
+
+OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
+OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")
+
+
+class Rows(gen_time.Run):
+    """A run of gen_time.py that prints its series."""
+
+    def __init__(self, args: argparse.Namespace, seconds: float) -> None:
+        """Let nothing be measured after so many seconds."""
+        super().__init__(args)
+        self.deadline = time.monotonic() + seconds
+        self.printed: set[tuple[str, str]] = set()
+
+    def save(self) -> None:
+        """Write gen_time.json, and print the series that have ended."""
+        super().save()
+        for series in self.series:
+            key = series.name, series.protocol
+            if series.status not in ("complete", "out of time", "out of memory") or key in self.printed:
+                continue
+            self.printed.add(key)
+            record = series.record()
+            plain = {name: value for name, value in record.items() if isinstance(value, (int, float, str, bool))}
+            if len(total := series.cumulative) > 1:  # the first token has read the prompt too
+                plain["ms"] = float(1e3 * (total[-1] - total[0]) / (len(total) - 1))
+            emit(what="series", **plain)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    parser = Parser(prog="gen_time_rows.py", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=100.0, metavar="S", help="to measure (default: 100)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of gen_time.json")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny model, a few tokens")
+    args = parser.parse_args(arguments)
+    chosen = OPTIONS_REHEARSED if args.rehearse else OPTIONS
+    run = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
+    return program.run_and_save(run.run, run.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

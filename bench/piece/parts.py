@@ -1,0 +1,230 @@
+"""Everything that needs a GPU, part by part: the tests on CUDA tensors, compute-sanitizer, the benchmarks.
+
+A part is a command of at most nine minutes. What became of it stands in gpu.json beside the results, with the digest of
+the code that it ran on: a part that has passed is not run again until the code changes, or --again. A part that fails
+does not keep the next ones from running. Every benchmark writes into a folder of its own, named after the part.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import result_file
+    from about import slug
+    from command_line import Parser
+    from program import sigterm_as_interrupt
+except ImportError as error:
+    sys.exit(f"gpu.py: {error}; pip install -e '.[bench]' installs what it needs")
+
+from piece.commands import digest as code
+from piece.processes import NOT_AVAILABLE, ROOT, environment
+
+LOGS = ROOT / "build" / "gpu"  # which git ignores
+LIMIT, GRACE = 510.0, 20.0  # seconds that a part may take, and then to write what it has measured
+DONE = ("passed", "not available")
+
+PROBE = """
+import json, torch
+from about import about_device, about_software
+if torch.cuda.is_available():
+    print(json.dumps({"device": about_device(torch.device("cuda")), **about_software()}))
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command, and what it is for."""
+
+    name: str
+    about: str
+    command: tuple[str, ...]
+
+
+def parts(out: Path) -> list[Part]:
+    """Return all parts in their order; their results go below ``out``."""
+    scan = _files("ops/*linear_scan*", "kernels/*linear_scan*")
+    wkv = [file for file in _files("ops/*", "kernels/*") if file not in scan]
+    # The programs' own tests expect the small sizes of a CPU, and the parts below run the programs.
+    rest = _files("*", "nn/*", "integrations/*", "reference/*", "kernels/cpu/*")
+    tests = ("-m", "pytest", "-n", "auto", "--dist", "worksteal", "--timeout", str(int(LIMIT)))
+    found = [
+        Part("tests-wkv", "the tests of WKV", _python(*tests, *wkv)),
+        Part("tests-scan", "the tests of the linear scan", _python(*tests, *scan)),
+        Part("tests-rest", "the tests of layers, models and what else there is", _python(*tests, *rest)),
+    ]
+    for tool in ("memcheck", "racecheck"):
+        about = f"every operator and pass on tiny shapes under compute-sanitizer's {tool}"
+        found.append(Part(f"sanitizer-{tool}", about, _python("bench/sanitize.py", "--tool", tool)))
+
+    def measured(name: str, about: str, script: str, *options: str) -> None:
+        found.append(Part(name, about, _python(f"bench/{script}.py", *options, "--out", str(out / name))))
+
+    timed = ("--device", "cuda", "--minutes", "7")
+    scans = "linear_scan,linear_scan_fixed"
+    measured("ops-wkv", "speed of WKV beside its peers", "ops", "--ops", "wkv", *timed)
+    measured("ops-scan", "speed of the linear scan beside its peers", "ops", "--ops", scans, *timed)
+    measured("accuracy", "error of the operators and of their peers", "accuracy")
+    measured("hf_speed", "Hugging Face's RWKV-4 with our operator and without", "hf_speed", "--device", "cuda")
+    measured("decode", "tokens a second beside what reading the weights allows", "decode", "--device", "cuda")
+    measured("lru_layer", "a whole LRU layer beside two other forms of it", "lru_layer", "--device", "cuda")
+    for size in ("169m", "3b"):
+        for dtype in ("float32", "bfloat16"):
+            # "recompute" of one model of 3b in float32 is 3e15 multiply-adds: two transformers, then.
+            models = "rwkv4,gpt-neox,opt" if (size, dtype) == ("3b", "float32") else "rwkv4,gpt-neox,opt,bloom,gpt-neo"
+            options = ("--device", "cuda", "--size", size, "--dtype", dtype, "--models", models, "--minutes", "7")
+            about = f"cumulative time to generate, models of {size} in {dtype}"
+            measured(f"gen_time-{size}-{dtype}", about, "gen_time", *options)
+    # RWKV-4 comes first; how far the cache gets in what is left of the time, the host decides.
+    options = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--tokens", "16384", "--minutes", "7")
+    about = "cumulative time to generate 16384 tokens, with a cache"
+    measured("gen_time-long", about, "gen_time", *options, "--protocols", "kv-cache")
+    return found
+
+
+def _python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
+
+
+def _files(*patterns: str) -> list[str]:
+    """Return the test files that match, in a fixed order."""
+    found = {path for pattern in patterns for path in (ROOT / "tests").glob(f"{pattern}.py")}
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.name.startswith("test_"))
+
+
+class Record:
+    """gpu.json: the device, and what became of each part."""
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        """Take up what was recorded before; ``about`` describes device and software."""
+        self.path, self.about, self.code = out / "gpu.json", about, code()
+        rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        self.rows: dict[str, dict[str, Any]] = {row["part"]: row for row in rows}
+
+    def done(self, part: Part) -> str | None:
+        """Return how a part ended if it need not run again."""
+        row = self.rows.get(part.name)
+        return row["status"] if row and row["code"] == self.code and row["status"] in DONE else None
+
+    def add(self, part: Part, status: str, seconds: float) -> None:
+        """Record how a part ended."""
+        row = {"part": part.name, "status": status, "seconds": seconds, "commit": self.about["commit"]}
+        self.rows[part.name] = {**row, "code": self.code}
+        result_file.write(self.path, {"benchmark": "gpu", **self.about, "rows": list(self.rows.values())})
+
+
+def run_part(part: Part, log: Path, limit: float = LIMIT, grace: float = GRACE) -> tuple[str, float]:
+    """Run a part, its output shown and kept in ``log``; return how it ended and after how many seconds."""
+    began = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=os.setpgrp,  # a group of its own, which can be ended as a whole
+        )
+        reader = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
+        reader.start()
+        try:
+            status = process.wait(limit)
+            ended = {0: "passed", NOT_AVAILABLE: "not available"}.get(status, "failed")
+        except subprocess.TimeoutExpired:
+            ended = "out of time"
+        finally:
+            _end(process, grace)
+            reader.join(grace)  # of a process that has left the group nobody waits for the end
+    return ended, time.monotonic() - began
+
+
+def _copy(source: IO[bytes], log: IO[bytes]) -> None:
+    while block := os.read(source.fileno(), 65536):
+        log.write(block)
+        log.flush()
+        sys.stdout.write(block.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End what is left of a part: first it is asked to, so that it can write what it has."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(wanted: Sequence[Part], record: Record, logs: Path, *, again: bool = False) -> int:
+    """Run parts that are not done; return the exit status."""
+    logs.mkdir(parents=True, exist_ok=True)
+    lines, failed = [], False
+    for part in wanted:
+        ended = None if again else record.done(part)
+        if ended:
+            lines.append(f"{part.name:<22} {ended}, before")
+            continue
+        print(f"\n== {part.name}: {part.about}", flush=True)
+        ended, seconds = run_part(part, logs / f"{part.name}.log")
+        record.add(part, ended, seconds)
+        failed |= ended not in DONE
+        lines.append(f"{part.name:<22} {ended}, {seconds:.0f} s")
+    print("\n" + "\n".join(lines))
+    return int(failed)
+
+
+def chosen(names: Sequence[str], known: Sequence[Part], parser: Parser) -> list[Part]:
+    """Return the parts of these names; "tests" stands for all whose names begin so, no name for all there are."""
+    for name in names:
+        if not any(_called(part, name) for part in known):
+            parser.error(f"unknown part {name!r} (choose from {', '.join(part.name for part in known)})")
+    return [part for part in known if not names or any(_called(part, name) for name in names)]
+
+
+def _called(part: Part, name: str) -> bool:
+    return part.name == name or part.name.startswith(f"{name}-")
+
+
+def probe() -> dict[str, Any] | None:
+    """Describe the GPU, None if there is none. In a process of its own: this one takes no memory of the GPU."""
+    command = [sys.executable, "-c", PROBE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT / "bench", check=True)
+    return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    about_time = "With first or second in place of a PART: what a few minutes are for (gpu.py first --help)."
+    parser = Parser(prog="gpu.py", description="Run everything that needs a GPU, part by part.", epilog=about_time)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="such as ops-wkv, or ops for all that begin so")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/ and the name of the GPU)")
+    parser.add_argument("--list", action="store_true", help="say which parts there are")
+    parser.add_argument("--again", action="store_true", help="run what is done already, too")
+    args = parser.parse_args(arguments)
+    wanted = chosen(args.parts, parts(args.out or ROOT), parser)
+    if args.list:
+        print("\n".join(f"{part.name:<22} {part.about}" for part in wanted))
+        return 0
+    about = probe()
+    if about is None:
+        parser.error("there is no GPU here")
+    out = (args.out or ROOT / "bench" / "results" / slug(about["device"]["name"])).resolve()
+    result_file.check(out / "gpu.json", about["device"], parser)
+    try:
+        with sigterm_as_interrupt():
+            return run(chosen(args.parts, parts(out), parser), Record(out, about), LOGS, again=args.again)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130

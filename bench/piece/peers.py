@@ -1,0 +1,136 @@
+"""ops.py for a short time on a GPU: ours beside the peers that are quick to come, a row a figure as it exists.
+
+Peers that loop in Python, or are compiled anew for every shape, are left out. What is right is told by float64 on the
+device, not by a loop on the CPU or by numba.
+"""
+
+import argparse
+import contextlib
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ops
+import ops_run
+import torch
+from command_line import Parser
+from operator_base import Inputs
+from operators import OPERATORS
+from ops_passes import checked_channels
+from ops_plan import Case
+from piece import reference
+from piece.checking import reason
+from piece.journal import emit
+from piece.runner import READY
+from torch import Tensor
+from wkv_cuda_providers import RWKV_CUDA, compiled, longest
+
+SHAPES = "8x4096x2048,32x1024x1024,8x1024x768,1x65536x1024"
+PROVIDERS = "fastwkv,rwkv-cuda,fla,fla-recurrent,fla-chunk,accelerated-scan,accelerated-scan-warp"
+OPTIONS = ("--ops", "wkv,linear_scan", "--shapes", SHAPES, "--passes", "forward,backward")
+OPTIONS += ("--dtypes", "bfloat16,float32", "--providers", PROVIDERS)
+TOKENS = 4096  # of the longest sequence that rwkv-cuda is compiled for: every thread has memory for each of them
+KEPT = ("op", "pass", "dtype", "B", "T", "C", "provider", "ms", "ms_min", "ms_host", "gbps", "fraction", "head_start")
+
+
+class Rows(ops_run.Run):
+    """A run of ops.py that prints its rows."""
+
+    def __init__(self, args: argparse.Namespace, seconds: float) -> None:
+        """Let no case begin after so many seconds."""
+        super().__init__(args)
+        self.deadline = self.began + seconds
+        self.printed = 0
+        emit(what="copy", gbps=self.about["copy_gbps"])
+
+    def save(self) -> None:
+        """Write ops.json, and print the rows that are new."""
+        super().save()
+        for row in self.rows[self.printed :]:
+            figures = {key: row[key] for key in KEPT if row.get(key) is not None}
+            if row["status"] == "ok":
+                emit(what="peer", **figures, wrong_by=row["error"])
+            else:
+                key = "reason" if row["status"] == "unavailable" else "error"
+                emit(what="peer", **figures, **{key: f"{row['status']}: {row['reason']}"})
+        self.printed = len(self.rows)
+
+    def _expected(self, case: Case, inputs: Inputs) -> dict[bool, dict[str, Tensor]]:
+        """Return what is right, of the channels that are compared."""
+        sample = inputs.part(case.shape[1], checked_channels(inputs))
+        found = wanted(case.operator.name, sample)
+        return {False: {name: result.detach().cpu() for name, result in found.items()}}
+
+
+def wanted(operator: str, inputs: Any) -> dict[str, Tensor]:
+    """Return output and gradients in float64, where the inputs are."""
+    offsets = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+    given = (inputs.w, inputs.u, inputs.k, inputs.v) if operator == "wkv" else (inputs.a, inputs.x)
+    leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float64), copy=True).requires_grad_() for t in given]
+    function = reference.wkv if operator == "wkv" else reference.linear_scan
+    output, _ = function(*leaves, None, offsets)
+    gradients = torch.autograd.grad(output, leaves, inputs.gradient.to(output.dtype))
+    names = OPERATORS[operator].gradients
+    return {OPERATORS[operator].output: output, **dict(zip(names, gradients, strict=True))}
+
+
+def build() -> int:
+    """Compile the CUDA peer, so that it is there when its turn comes; return the exit status."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("accelerated_scan.warp")  # compiles its kernels
+    RWKV_CUDA.folder = _sources()
+    if (why := RWKV_CUDA.missing(torch.device("cuda", 0))) is not None or (sources := RWKV_CUDA.sources()) is None:
+        emit(what="build", reason=why or "its sources are not here")
+        return 0
+    begin = time.monotonic()
+    try:
+        compiled(sources, min(TOKENS, longest(torch.device("cuda", 0))))
+    except Exception as error:
+        emit(what="build", reason=reason(error))  # a peer's, not ours
+        return 0
+    emit(what="build", name=RWKV_CUDA.name, seconds=time.monotonic() - begin)
+    return 0
+
+
+def _sources() -> Path | None:
+    folder = READY / "rwkv-cuda"
+    return folder if folder.is_dir() else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
+    parser = Parser(prog="peers.py", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=130.0, metavar="S", help="no case begins later (default: 130)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of ops.json")
+    parser.add_argument("--build", action="store_true", help="only compile the peer in CUDA")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny shape, this package's CPU path")
+    args = parser.parse_args(arguments)
+    began = time.monotonic()
+    _find_peers()
+    if args.build:
+        return 0 if args.rehearse else build()
+    options = [*OPTIONS, "--out", str(args.out)]
+    if args.rehearse:
+        options = ["--ops", "wkv", "--shapes", "1x9x3", "--passes", "forward,backward", "--quick", "--device", "cpu"]
+        options += ["--providers", "fastwkv,hf", "--dtypes", "float32", "--out", str(args.out)]
+    elif (folder := _sources()) is not None:
+        options += ["--rwkv-cuda", str(folder)]
+    made = ops.parse(options)
+    made.providers = None  # nobody was asked for by name: whose first calls take too long is not asked again
+    RWKV_CUDA.lengths = (TOKENS,)
+    run = Rows(made, args.seconds - (time.monotonic() - began))
+    status = ops.program.run_and_save(lambda: ops.measure(run), run.save)
+    return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in run.rows))
+
+
+def _find_peers() -> None:
+    with contextlib.suppress(ImportError):
+        from ready import peers
+
+        peers.add_to_path()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""What a short time on a GPU is for: the steps of the first and of the second command, their order and their seconds.
+
+A step is one command or several at once. Each prints rows on stdout, one JSON object a line, as its figures exist. The
+times are estimates: nothing of this has run on a GPU. Order is that of importance, but for what costs next to nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GROUPS = (  # of correctness.py, the slowest first: as many processes as run at once
+    "wkv-float32",
+    "wkv-bfloat16",
+    "scan-float32",
+    "scan-bfloat16",
+    "scan-complex64",
+    "scan-bfloat16x2",
+    "wkv-float64",
+    "wkv-float16",
+    "scan-float64",
+    "scan-complex128",
+    "scan-float16",
+    "steps",
+    "rwkv4_step",
+    "generation",
+)
+PER_GROUP = 32.0  # seconds of a process: 8 of them until PyTorch has its device, where fourteen start at once
+MEMCHECK = 30.0  # seconds of a group that has failed, under compute-sanitizer
+CLOSING = 4.0  # seconds of a budget that are for ending the last step and writing the table
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process of a step. ``{seconds}`` in its arguments stands for what it may take, ``{out}`` for the folder."""
+
+    name: str
+    arguments: tuple[str, ...]
+    most: float = float("inf")
+    """Seconds after which it is ended, if its step has more."""
+
+    def filled(self, seconds: float, out: str) -> list[str]:
+        """Return the command line."""
+        values = {"{seconds}": f"{seconds:.0f}", "{out}": out}
+        return [sys.executable, *(values.get(argument, argument) for argument in self.arguments)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One or several commands that run at once."""
+
+    name: str
+    about: str
+    seconds: float
+    """What is planned for it."""
+    least: float
+    """Below which it is not worth starting."""
+    importance: int
+    """Of steps that do not all fit, those with the smallest are left out first."""
+    commands: tuple[Command, ...]
+    followed: bool = False
+    """Whether commands that fail run again under compute-sanitizer."""
+    background: bool = False
+    """Whether it runs beside the next steps, with low priority, and ends with them."""
+
+
+def module(name: str, *arguments: str) -> tuple[str, ...]:
+    """Return the arguments that run a part of the piece as a program."""
+    return ("-m", f"piece.{name}", *arguments)
+
+
+def one(name: str, about: str, seconds: float, least: float, importance: int, *arguments: str) -> Step:
+    """Return a step of one command."""
+    return Step(name, about, seconds, least, importance, (Command(name, arguments),))
+
+
+def correctness(seconds: float) -> Step:
+    """Return the step that all else rests on."""
+    commands = tuple(Command(group, module("correctness", group), PER_GROUP) for group in GROUPS)
+    about = "every kernel, dtype and form against float64"
+    return Step("correctness", about, seconds, 20, 100, commands, followed=True)
+
+
+def memcheck(groups: Sequence[str], seconds: float, importance: int = 30) -> Step:
+    """Return the step that looks at groups under compute-sanitizer."""
+    commands = tuple(Command(group, module("memcheck", group)) for group in groups)
+    return Step("memcheck", "compute-sanitizer looks for bad accesses", seconds, 12, importance, commands)
+
+
+def first() -> list[Step]:
+    """Return the steps of the first command: is it right, how fast is it, which shape of program is best, and why."""
+    tests = ("tests/kernels/test_cuda.py", "tests/kernels/test_cuda_generation.py")
+    tune = ("bench/tune.py", "--rows", "--seconds", "{seconds}", "--out", "{out}")
+    return [
+        one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
+        correctness(65),
+        one("headline", "bandwidth, forward and backward", 58, 15, 90, *module("headline", "--seconds", "{seconds}")),
+        one("tuning", "which launch shape is best, what the model assumes", 88, 15, 80, *tune),
+        one("generation", "a token of the 3b model", 35, 20, 70, *module("generation", "--seconds", "{seconds}")),
+        one("profile", "one launch each under ncu", 24, 12, 40, *module("profile")),
+        one("tests", "the tests on CUDA tensors", 20, 12, 20, *module("tests", "-n", "8", *tests)),
+    ]
+
+
+def second() -> list[Step]:
+    """Return the steps of the second command: is what was mended right, and how fast is it beside its peers."""
+    timed = ("--seconds", "{seconds}", "--out", "{out}")
+    tests = ("-n", "14", "-k", "triton", "tests/ops")
+    build = Command("peers-build", module("peers", "--build"))
+    return [
+        one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
+        Step("peers-build", "the CUDA peers are compiled", 0, 0, 95, (build,), background=True),
+        correctness(45),
+        one("peers", "ours beside its peers", 130, 30, 90, *module("peers", *timed)),
+        one("gen_time", "time to generate, beside a transformer", 100, 30, 80, *module("gen_time_rows", *timed)),
+        one("tests", "the tests of the operators on the GPU", 60, 20, 40, *module("tests", *tests)),
+        memcheck(("wkv-bfloat16", "scan-complex64"), 30),
+    ]
+
+
+PLANS = {"first": first, "second": second}
+
+
+def chosen(steps: Sequence[Step], budget: float) -> tuple[list[Step], list[Step]]:
+    """Return the steps that fit into so many seconds, and those that are left out, the least important first."""
+    kept, left_out = list(steps), []
+    while kept and sum(step.least for step in kept) > budget - CLOSING:
+        least = min(kept, key=lambda step: step.importance)
+        kept.remove(least)
+        left_out.append(least)
+    return kept, left_out
+
+
+def share(steps: Sequence[Step], left: float) -> float:
+    """Return the seconds of the first of these steps, of ``left`` for all of them.
+
+    If more is left than planned, each gets so much more of it; if less, each the same part of what it has above its
+    least. So what a step leaves over passes on to all that follow.
+    """
+    planned, least = sum(step.seconds for step in steps), sum(step.least for step in steps)
+    step = steps[0]
+    if left >= planned:
+        return step.seconds * left / planned
+    part = (left - least) / (planned - least) if planned > least else 0.0
+    return step.least + max(0.0, part) * (step.seconds - step.least)

@@ -1,0 +1,137 @@
+"""Processes that may hang or die: each the head of a group of its own, which ends as a whole.
+
+What one prints on stdout is handed over line by line as it comes, what it says on stderr as bytes. Should the process
+that started them be killed, the system ends them too.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_AVAILABLE = 77  # the exit status of a command that says so
+GRACE = 3.0  # seconds for a process that is asked to end
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # not loaded between fork and exec
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return that of a process which finds the package and bench/, installed or not."""
+    paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # What torch.compile compiles with is one process for each of ours.
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, **fixed, **more}
+
+
+def _of_its_own() -> None:
+    os.setsid()
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class Running:
+    """A process, when it began, and the threads that read what it writes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    began: float
+    readers: list[threading.Thread] = field(default_factory=list)
+    asked: float | None = None
+    """When it was asked to end."""
+    ended: float | None = None
+
+    def status(self) -> str:
+        """Say how it ended."""
+        code = self.process.returncode
+        if self.asked is not None:
+            return "out of time"
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return {0: "passed", NOT_AVAILABLE: "not available"}.get(code, "failed")
+
+    def seconds(self) -> float:
+        """Return how long it ran."""
+        return (self.ended or time.monotonic()) - self.began
+
+
+def start(
+    name: str,
+    command: Sequence[str],
+    on_line: Callable[[str, str], None],
+    on_noise: Callable[[str, bytes], None],
+    surroundings: dict[str, str],
+    nice: int = 0,
+) -> Running:
+    """Start a command. Call this in the main thread: when the thread ends that started a process, so does that."""
+    command = ["nice", "-n", str(nice), *command] if nice else list(command)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=surroundings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_of_its_own,
+    )
+    running = Running(name, process, time.monotonic())
+
+    def lines() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError, OSError):
+            for line in process.stdout:
+                on_line(name, line.decode(errors="replace").rstrip("\n"))
+
+    def noise() -> None:
+        assert process.stderr is not None
+        with contextlib.suppress(ValueError, OSError):
+            while block := os.read(process.stderr.fileno(), 65536):
+                on_noise(name, block)
+
+    running.readers = [threading.Thread(target=read, daemon=True) for read in (lines, noise)]
+    for reader in running.readers:
+        reader.start()
+    return running
+
+
+def wait(running: Iterable[Running], deadlines: dict[str, float], grace: float = GRACE) -> None:
+    """Wait until all have ended; who reaches its deadline is asked to end, and ended ``grace`` seconds later."""
+    left = list(running)
+    while left:
+        now = time.monotonic()
+        for one in left:
+            if one.process.poll() is not None:
+                finish(one)
+            elif one.asked is not None:
+                if now > one.asked + grace:
+                    finish(one)
+            elif now > deadlines[one.name]:
+                ask(one)
+        left = [one for one in left if one.ended is None]
+        if left:
+            time.sleep(0.02)
+
+
+def ask(one: Running) -> None:
+    """Ask a process and its children to end."""
+    one.asked = time.monotonic()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(one.process.pid, signal.SIGTERM)
+
+
+def finish(one: Running) -> None:
+    """End what is left of a process and its children, and read what it had written."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(one.process.pid, signal.SIGKILL)
+    one.process.wait()
+    one.ended = time.monotonic()
+    for reader in one.readers:  # of a process that has left the group nobody waits for the end
+        reader.join(1.0)
