@@ -140,7 +140,10 @@ class FarRows:
     def __enter__(self) -> None:
         from triton.runtime import interpreter
 
+        from fastwkv.kernels import linear_scan_bwd
+
         builder, convert = interpreter.interpreter_builder, interpreter._implicit_cvt
+        number, sums = builder.set_grid_idx, linear_scan_bwd.row_sums
         self.patch = pytest.MonkeyPatch()
 
         def convert_far(argument):
@@ -154,8 +157,15 @@ class FarRows:
         def number_far(x, y, z):
             builder.grid_idx = x + builder.grid_dim[0] // self.B * self.rows, y, z
 
+        def sums_near(*arguments):  # whose programs are numbered by channels
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(interpreter, "_implicit_cvt", convert)
+                patch.setattr(builder, "set_grid_idx", number)
+                sums(*arguments)
+
         self.patch.setattr(interpreter, "_implicit_cvt", convert_far)
         self.patch.setattr(builder, "set_grid_idx", number_far)
+        self.patch.setattr(linear_scan_bwd, "row_sums", sums_near)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
