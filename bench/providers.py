@@ -112,14 +112,14 @@ def interpreted_kernels() -> Iterator[None]:
 
 @contextmanager
 def rounding_interpreter() -> Iterator[None]:
-    """Have Triton's interpreter round float32 to bfloat16 as every GPU does. By itself it cuts the digits off."""
+    """Have Triton's interpreter round to bfloat16 as every GPU does. By itself it cuts the digits off."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     language = importlib.import_module("triton.language")
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
     def rounded(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (language.float32, language.bfloat16):
+        if target.scalar != language.bfloat16 or source.dtype.scalar not in (language.float32, language.float64):
             return cast(self, source, target)
         bits = torch.tensor(source.data).bfloat16().view(torch.int16).numpy().view("uint16")
         return interpreter.TensorHandle(bits, target.scalar)
