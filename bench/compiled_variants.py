@@ -17,6 +17,8 @@ from fastwkv.kernels import (
     linear_scan,
     linear_scan_bwd,
     linear_scan_step,
+    packing,
+    row_sums,
     rwkv4_step,
     wkv,
     wkv_bwd,
@@ -69,12 +71,14 @@ OPTIONAL = {
     "entry_ptr",
 }
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
-BLOCKS = {  # of kernels that take one token, of four warps
+BLOCKS = {  # of kernels that do not walk along time, of four warps
     wkv_step._wkv_step_kernel: wkv_step.BLOCK,
     linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK,
     rwkv4_step._norm_mix_kernel: 1024,
     rwkv4_step._relu_squared_kernel: rwkv4_step.BLOCK,
     rwkv4_step._add_gated_kernel: rwkv4_step.BLOCK,
+    packing._packed_edges_kernel: packing.BLOCK,
+    row_sums._row_sums_kernel: row_sums.BLOCK_C,
 }
 
 
@@ -151,6 +155,8 @@ VARIANTS = [
         {"ga_ptr", "gx_ptr", "h_ptr"},
     ),
     variant("scan carry", _linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
+    variant("packed edges", packing._packed_edges_kernel, 1, {"edge_ptr"}, REVERSE=False),
+    variant("sums of rows", row_sums._row_sums_kernel, row_sums.ROWS, set()),
     variant("scan step", linear_scan_step._linear_scan_step_kernel, 1, set(), FIXED=False, LOG=False),
 ]
 
@@ -210,7 +216,7 @@ def figures(variant: Variant, dtype: str, target: str, launch: Launch | None = N
     code = read(compiled, TARGETS[target].backend)
     shared = compiled.metadata.shared
     lanes = warps * TARGETS[target].warp_size
-    elements = rows * max(1, block // lanes)  # of the main loop, a lane
+    elements = max(1, rows * block // lanes) if variant.kernel in BLOCKS else rows * max(1, block // lanes)  # a lane
     loads, stores = (dict(sorted(code.widths(way).items())) for way in ("load", "store"))
     found = Figures(
         variant.name,
@@ -248,8 +254,8 @@ def _source(variant: Variant, constants: dict[str, Any], dtype: str, acc: str) -
     for name in names:
         if name in constants or name in variant.absent:
             signature[name], values[name] = "constexpr", constants.get(name)
-        elif name == "edge_ptr":
-            signature[name] = "*i32"
+        elif name in ("edge_ptr", "cu_seqlens_ptr"):
+            signature[name] = "*i32" if name == "edge_ptr" else "*i64"
         elif name.endswith("_ptr"):
             summed = name == "ga_ptr" and variant.constants["FIXED"]
             wide = summed or (name in ("a_ptr", "ga_ptr") and dtype == "bfloat16x2")
