@@ -170,7 +170,14 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--tokens", "100000", "--models", "rwkv4", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells let background jobs ignore
+    )
     try:
         while not ((tmp_path / "gen_time.json").exists() and result(tmp_path)["series"][0]["tokens"] > 16):
             assert process.poll() is None
