@@ -18,7 +18,6 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets t
 
 
 @without_gpu
-@pytest.mark.timeout(900)
 def test_rehearsal_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp_path: Path) -> None:
     options = ["--steps", "machine,correctness,profile", "--groups", "rwkv4_step,steps", "--budget", "800"]
     injected = ["--wrong", "rwkv4_step", "--hang", "profile"]
@@ -33,7 +32,7 @@ def test_rehearsal_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp
     assert all("error" in row for row in cases["rwkv4_step"])
     assert not any("error" in row for row in cases["steps"])
     ended = {row["name"]: row["status"] for row in rows if row["what"] == "command" and row["step"] != "correctness"}
-    assert ended == {"machine": "passed", "profile": "out of time"}
+    assert ended == {"machine": "passed", "rwkv4_step": "passed", "profile": "out of time"}  # the second under memcheck
     assert {row["group"] for row in rows if row["what"] == "memcheck"} == {"rwkv4_step"}
     table = (tmp_path / "table.txt").read_text()
     assert done.stdout.endswith(table[table.index("A REHEARSAL") :])

@@ -79,7 +79,7 @@ def seen(tmp_path_factory):
     """What a process of its own has seen."""
     surroundings = environment() | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     command = [sys.executable, "-c", SCRIPT, "_relu_squared_kernel"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=surroundings)
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -88,7 +88,8 @@ def test_every_kind_of_launch_asks_for_its_kernels_once(seen):
     assert seen["found"]["wkv_fwd"] == ["_wkv_fwd_kernel", "_wkv_carry_kernel", "_wkv_fwd_kernel"]
     assert seen["found"]["relu"] == ["_relu_squared_kernel"]
     for name, kernels in seen["found"].items():
-        assert len(kernels) == (1 if name in ("relu", "wkv_step", "scan_step") else 3), (name, kernels)
+        sums = name == "wkv_bwd"  # of the gradients of w and u, over the chunks
+        assert len(kernels) == (1 if name in ("relu", "wkv_step", "scan_step") else 3 + sums), (name, kernels)
 
 
 def test_kernel_is_compiled_for_the_gpu_under_the_key_that_triton_gives_it(seen):
