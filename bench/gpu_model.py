@@ -78,7 +78,7 @@ OPERATORS = {
         {
             "forward": Pass(3, "wkv forward, nothing kept", "wkv forward, summary", 12, (1, 3)),
             "forward, saving": Pass(3, "wkv forward", "wkv forward, summary", 12, (1, 3)),
-            "backward": Pass(5, "wkv backward", "wkv backward, summary", 16, (3, 5)),
+            "backward": Pass(5, "wkv backward", "wkv backward, summary", 16, (2, 4)),
         },
         wkv_launch,
         ("bfloat16", "float32"),
