@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from piece.journal import emit
-from piece.reference import relative_error
+from piece.reference import relative_errors
 from torch import Tensor
 
 Results = dict[str, Tensor]
@@ -41,6 +41,8 @@ class Case:
     prepare: Prepare
     short: bool = True
     """Whether it is looked at under compute-sanitizer, too."""
+    public: bool = False
+    """Whether it calls a public function, which may launch what no short case does."""
 
 
 def run(group: str, cases: Iterable[Case], device: torch.device) -> int:
@@ -70,7 +72,7 @@ def compared(check: Check, device: torch.device, *, wrong: bool = False) -> dict
     wanted = check.wanted()
     if found.keys() != wanted.keys() or not wanted.keys() <= check.bounds.keys():
         raise ValueError(f"results {sorted(found)}, expected {sorted(wanted)}, bounds {sorted(check.bounds)}")
-    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    errors = relative_errors(found, wanted)
     worst = max(errors, key=lambda name: _excess(errors[name], check.bounds[name]))
     complaints = [
         f"{name} {errors[name]:.1e} > {check.bounds[name]:.0e}"
@@ -92,7 +94,9 @@ def _excess(error: float, bound: float) -> float:
 
 
 def _differences(when: str, found: Results, again: Results) -> list[str]:
-    other = [name for name in found if not torch.equal(_bits(found[name]), _bits(again[name]))]
+    bits = {name: (_bits(found[name]), _bits(again[name])) for name in found}
+    unequal = torch.stack([(one != other).any() for one, other in bits.values()]).tolist()
+    other = [name for name, differs in zip(bits, unequal, strict=True) if differs]
     return [f"other bits {when}: {', '.join(other)}"] if other else []
 
 
@@ -151,9 +155,9 @@ def draws(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
 def launched(cases: Iterable[Case]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Return the launches of cases with CPU tensors, as precompile.py makes them.
 
-    No length is compiled for, so short cases stand for the others.
+    No length is compiled for, so short cases stand for the others that call the launchers.
     """
     cpu = torch.device("cpu")
     for case in cases:
-        if case.short:
+        if case.short or case.public:
             yield case.name, lambda case=case: case.prepare(cpu).launch()

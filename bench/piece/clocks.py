@@ -21,7 +21,7 @@ class Clocks:
 
     def __enter__(self) -> "Clocks":
         if tool := shutil.which("nvidia-smi"):
-            command = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", f"-lms={EVERY}", "-i=0"]
+            command = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", f"--loop-ms={EVERY}", "--id=0"]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._read, daemon=True).start()
         return self

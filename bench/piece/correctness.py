@@ -32,11 +32,11 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Return the launches of all groups, for precompile.py."""
     for group in GROUPS:
         for name, call in checking.launched(cases(group)):
-            yield f"{group} {name}", partial(_on_kernels, call) if group == "generation" else call
+            yield f"{group} {name}", partial(_on_kernels, call)
 
 
 def _on_kernels(call: Callable[[], object]) -> object:
-    with interpreted_kernels():  # which are compiled there
+    with interpreted_kernels():  # which are compiled there, behind the public functions and in models
         return call()
 
 

@@ -156,8 +156,9 @@ def measure(case: Case, cuda: Any, copy_gbps: float, effort: Effort, clocks: Clo
     for which, task in passes(case, cuda):
         begin = time.monotonic()
         try:
+            task.run()  # which loads the kernels, or compiles them: its time is no measure of the next
             task.first = task.run()[1]
-            while not task.enough(effort):
+            while not (task.seconds and task.enough(effort)):
                 task.take_turn(effort)
             seconds = float(np.median(task.seconds))
             gbps = case.bytes(which.partition(",")[0]) / seconds / 1e9

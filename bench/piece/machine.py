@@ -70,11 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="machine.py", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="do without a GPU")
     args = parser.parse_args(arguments)
+    if folder := os.environ.get("TRITON_CACHE_DIR"):  # first what others need
+        emit(what="cache", **unpacked(CACHE, Path(folder)))
+    emit(what="software", versions=versions(), tools=tools())
     found = devices()
     emit(what="device", devices=found, cores=os.cpu_count())
-    emit(what="software", versions=versions(), tools=tools())
-    if folder := os.environ.get("TRITON_CACHE_DIR"):
-        emit(what="cache", **unpacked(CACHE, Path(folder)))
     if not found and not args.rehearse:
         emit(what="device", error="there is no GPU here")
         return 1

@@ -24,8 +24,11 @@ GROUPS = (  # of correctness.py, the slowest first: as many processes as run at 
     "rwkv4_step",
     "generation",
 )
-PER_GROUP = 32.0  # seconds of a process: 8 of them until PyTorch has its device, where fourteen start at once
+PER_GROUP = (
+    48.0  # seconds of a process that hangs; until PyTorch has its device, where fourteen start at once, may be 20
+)
 MEMCHECK = 30.0  # seconds of a group that has failed, under compute-sanitizer
+STARTING = 6.0  # seconds until a process has imported PyTorch and has its device
 CLOSING = 4.0  # seconds of a budget that are for ending the last step and writing the table
 
 
@@ -61,11 +64,19 @@ class Step:
     """Whether commands that fail run again under compute-sanitizer."""
     background: bool = False
     """Whether it runs beside the next steps, with low priority, and ends with them."""
+    patience: float = 0.0
+    """Seconds that it gets in any case: usually it takes those planned, and without it the others would say little."""
 
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
     """Return the arguments that run a part of the piece as a program."""
     return ("-m", f"piece.{name}", *arguments)
+
+
+def machine() -> Step:
+    """Return the step that unpacks the kernels: it may be slow, and without it minutes go in compiling."""
+    commands = (Command("machine", module("machine")),)
+    return Step("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, commands, patience=25)
 
 
 def one(name: str, about: str, seconds: float, least: float, importance: int, *arguments: str) -> Step:
@@ -91,7 +102,7 @@ def first() -> list[Step]:
     tests = ("tests/kernels/test_cuda.py", "tests/kernels/test_cuda_generation.py")
     tune = ("bench/tune.py", "--rows", "--seconds", "{seconds}", "--out", "{out}")
     return [
-        one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
+        machine(),
         correctness(65),
         one("headline", "bandwidth, forward and backward", 58, 15, 90, *module("headline", "--seconds", "{seconds}")),
         one("tuning", "which launch shape is best, what the model assumes", 88, 15, 80, *tune),
@@ -107,7 +118,7 @@ def second() -> list[Step]:
     tests = ("-n", "14", "-k", "triton", "tests/ops")
     build = Command("peers-build", module("peers", "--build"))
     return [
-        one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, *module("machine")),
+        machine(),
         Step("peers-build", "the CUDA peers are compiled", 0, 0, 95, (build,), background=True),
         correctness(45),
         one("peers", "ours beside its peers", 130, 30, 90, *module("peers", *timed)),

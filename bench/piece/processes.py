@@ -131,7 +131,8 @@ def finish(one: Running) -> None:
     """End what is left of a process and its children, and read what it had written."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(one.process.pid, signal.SIGKILL)
-    one.process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+        one.process.wait(GRACE)
     one.ended = time.monotonic()
     for reader in one.readers:  # of a process that has left the group nobody waits for the end
         reader.join(1.0)

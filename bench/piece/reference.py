@@ -5,7 +5,7 @@ d after the one of the d before, and after log2 T rounds each has the whole past
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,10 +93,21 @@ def _wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial: State | None) -> t
     return y, State(mean[:, -1], log_weight[:, -1])
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return ‖found - wanted‖₂ / ‖wanted‖₂, not finite if the result is not; computed where the tensors are."""
-    found, wanted = (t.detach().to(torch.promote_types(t.dtype, torch.float64)) for t in (found, wanted))
-    if found.shape != wanted.shape or found.is_complex() != wanted.is_complex():
-        raise ValueError(f"expected {list(wanted.shape)} {wanted.dtype}, got {list(found.shape)} {found.dtype}")
-    error, size = torch.stack((torch.linalg.vector_norm(found - wanted), torch.linalg.vector_norm(wanted))).tolist()
-    return error / size if size else error
+def relative_errors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return ‖found - wanted‖₂ / ‖wanted‖₂ of each, not finite if a result is not.
+
+    Computed where the tensors are, and waited for once: where many processes share a device, each wait is a long one.
+    """
+    norms = []
+    for name in wanted:
+        one, other = (t.detach().to(torch.promote_types(t.dtype, torch.float64)) for t in (found[name], wanted[name]))
+        if one.shape != other.shape or one.is_complex() != other.is_complex():
+            raise ValueError(f"{name}: expected {_described(other)}, got {_described(one)}")
+        norms += [torch.linalg.vector_norm(one - other), torch.linalg.vector_norm(other)]
+    values = torch.stack(norms).tolist()
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return {name: error / size if size else error for name, (error, size) in zip(wanted, pairs, strict=True)}
+
+
+def _described(t: Tensor) -> str:
+    return f"{list(t.shape)} {t.dtype}"

@@ -75,7 +75,7 @@ def cases(dtype: str, rehearse: bool = False) -> Iterator[Case]:
             yield Case(f"T={T} {form}", partial(launched, dtype, form, T, False, lengths), short=T < 1000)
         if dtype in PUBLIC and not rehearse:
             T = 1000 if form.chunks else 83  # for which it chooses to cut time, or not to
-            yield Case(f"T={T} {form} public", partial(public, dtype, form, T, lengths), short=False)
+            yield Case(f"T={T} {form} public", partial(public, dtype, form, T, lengths), short=False, public=True)
         if not (rehearse or form.log or dtype in ("bfloat16", "float16", "bfloat16x2")):
             yield Case(f"T=1000 {form} |a|=1", partial(launched, dtype, form, 1000, True, lengths), short=False)
 

@@ -68,7 +68,7 @@ def cases(dtype: str, rehearse: bool = False) -> Iterator[Case]:
             yield Case(f"T={T} {form}", prepare, short=T < 1000)
         if not rehearse:
             T = 1000 if form.chunks else 83  # for which it chooses to cut time, or not to
-            yield Case(f"T={T} {form} public", partial(public, dtype, form, T, lengths), short=False)
+            yield Case(f"T={T} {form} public", partial(public, dtype, form, T, lengths), short=False, public=True)
         if not (rehearse or form.state or form.packed):
             T = 1000
             prepare = partial(launched, dtype, form, T, "adversarial", lengths)

@@ -114,3 +114,12 @@ def test_graph_is_replayed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     one = check(1.0).prepare(CPU)
     row = checking.compared(one, SimpleNamespace(type="cuda"))
     assert row["error"] == "other bits from a CUDA graph: y"
+
+
+def test_kernels_of_public_functions_are_compiled_beforehand_too() -> None:
+    cases = [
+        checking.Case(name, lambda device: None, *kinds) for name, *kinds in (("a",), ("b", False), ("c", False, True))
+    ]
+    assert [name for name, _ in checking.launched(cases)] == ["a", "c"]
+    for kind in (wkv_cases, scan_cases):
+        assert all(case.public for case in public("float32", kind))

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,19 @@ def test_missing_tools_and_cache_are_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)["kernels"] == 0
     assert machine.main([]) == 1
     assert "there is no GPU here" in capsys.readouterr().out
+
+
+def test_first_call_that_compiles_is_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    headline, clocks = load("piece.headline"), load("piece.clocks")
+    calls: list[float] = []
+
+    class Slow(load("piece.host_clock").Immediate):
+        def now(self) -> float:  # the first call takes ten seconds more, of whose clock this is the fourth reading
+            calls.append(time.perf_counter())
+            return calls[-1] + 10.0 * (len(calls) > 3)
+
+    slow = headline.Effort(repeats=1, seconds=0.0, turn=1e-3, once=0.25, most=1)
+    good = headline.measure(headline.cases(True)[1], Slow(), 1.0, slow, clocks.Clocks())
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert good
+    assert [row["times"] > 0 for row in found] == [True, True]

@@ -62,6 +62,13 @@ def test_scan_and_its_gradients_are_those_of_the_definition(
 
 
 def test_error_of_what_has_another_shape_is_none() -> None:
-    with pytest.raises(ValueError, match=r"expected \[2\] torch.float64, got \[3\]"):
-        reference.relative_error(torch.ones(3), torch.ones(2))
-    assert reference.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) != 0
+    with pytest.raises(ValueError, match=r"y: expected \[2\] torch.float64, got \[3\]"):
+        reference.relative_errors({"y": torch.ones(3)}, {"y": torch.ones(2)})
+
+
+def test_errors_are_those_of_each_result() -> None:
+    found = {"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor([1 + 0.5j]), "c": torch.tensor([2.0])}
+    wanted = {"c": torch.zeros(1), "b": torch.ones(1, dtype=torch.complex128), "a": torch.ones(2)}
+    errors = reference.relative_errors(found, wanted)
+    assert errors["a"] != errors["a"]
+    assert (errors["b"], errors["c"]) == (0.5, 2.0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,18 @@ def test_files_stay_below_what_may_be_kept(tmp_path: Path, monkeypatch: pytest.M
     assert 0 < len(of(rows, "n")) < 99
     assert (tmp_path / "rows.jsonl").stat().st_size <= 2000
     assert (tmp_path / "log.txt").read_text().endswith("the log is full\n")
+
+
+def test_patient_step_gets_more_than_is_planned_for_it(tmp_path: Path) -> None:
+    slow = step("slow", "import time; time.sleep(3); " + prints(what="figure"), seconds=1.0, patience=60.0)
+    status, rows = run(tmp_path, slow, step("rest", "pass", seconds=115.0))
+    assert status == 0
+    assert of(rows, "figure")
+
+
+def test_group_out_of_time_does_not_go_on_under_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "memcheck", lambda names, seconds: step("memcheck", prints(what="seen", group=names)))
+    checked = step("correctness", "import time; time.sleep(999)", "exit(1)", seconds=8.0, followed=True)
+    hanging = replace(checked, commands=(replace(checked.commands[0], most=3.0), checked.commands[1]))
+    _, rows = run(tmp_path, hanging, step("rest", "pass", seconds=100.0), budget=112.0)
+    assert [row["group"] for row in of(rows, "seen")] == [["correctness1"]]
