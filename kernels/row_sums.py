@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels.arithmetic import rounded_sum, two_sum
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
 
@@ -29,10 +30,14 @@ def _row_sums_kernel(
     row = tl.arange(0, ROWS)
     terms_ptr += which.to(tl.int64) * rows * C
     total = tl.zeros([BLOCK_C], terms_ptr.dtype.element_ty)
+    low = total  # what roundings cut off: there may be a million rows
     for begin in range(0, rows, ROWS):  # always in this order: two runs give the same bits
         there = (row < rows - begin)[:, None] & in_c[None, :]
-        total += tl.sum(tl.load(terms_ptr + row[:, None] * C + c[None, :], mask=there, other=0.0), 0)
+        block = tl.sum(tl.load(terms_ptr + row[:, None] * C + c[None, :], mask=there, other=0.0), 0)
+        total, error = two_sum(total, block)
+        low += error
         terms_ptr += ROWS * C
+    total = rounded_sum((total,), (low,))[0]
     if which == 0:
         tl.store(first_ptr + c, total, mask=in_c)
     if second_ptr is not None:

@@ -102,9 +102,10 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.d
     memory that two streams have used is not given back by any part of the program.
     """
     old = "_cuda_endAllocateCurrentStreamToPool"  # as it is called in PyTorch 2.7
-    end = getattr(torch._C, old if hasattr(torch._C, old) else "_cuda_endAllocateToPool")
-    with contextlib.suppress(RuntimeError):  # it has ended, or never begun
-        end(device.index, pool)
+    end = getattr(torch._C, old, None) or getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # it has ended, or never begun
+            end(device.index, pool)
     try:
         graph.pool()  # of a recording that was complete, and has its memory released by reset()
     except RuntimeError:

@@ -43,6 +43,19 @@ def test_sums_are_those_of_float64_rounded_to_their_dtypes(rows, C, dtypes, seed
         assert ((found.double() - wanted).abs() <= bound).all()
 
 
+def test_many_terms_of_one_sign_lose_no_more_than_few():
+    # Multiples of 1/256, of which the sums of blocks are exact: what is left is how blocks are added up.
+    terms = 1 + torch.randint(0, 256, (1, 200_000, 1), generator=torch.Generator().manual_seed(0)) / 256
+    (found,) = summed(terms, torch.float32)
+    assert abs(found.item() / terms.double().sum().item() - 1) <= 1.01 * 2**-24
+
+
+def test_infinite_terms_have_infinite_sums():
+    terms = torch.ones(1, 200, 2)
+    terms[0, 3] = torch.tensor([torch.inf, -torch.inf])
+    assert summed(terms, torch.float32)[0].tolist() == [torch.inf, -torch.inf]
+
+
 def test_nan_of_one_channel_stays_in_it():
     terms = torch.ones(2, 70, 5)
     terms[0, 69, 3] = torch.nan
