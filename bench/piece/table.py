@@ -189,9 +189,17 @@ def tuning(rows: Sequence[Row]) -> Iterable[str]:
             for row in facts
         )
         yield from _wrapped("assumed: " + "; ".join(told), 6)
+    yield from _skeletons([row for row in _of(rows, "skeleton") if "ms" in row])
     for row in _of(rows, "l2"):
         if "saved" in row:
             yield f"  L2: {row['rows']} rows, {row['saved']:.2f} saved by what the pass before has read"
+
+
+def _skeletons(rows: Sequence[Row]) -> Iterable[str]:
+    for which, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
+        mine = sorted((r for r in rows if (r["pass"], r["dtype"]) == (which, dtype)), key=lambda row: row["ms"])
+        ends = (f"{r['block_c']},{r['num_warps']},{r['stages']} {r['gb_per_s']:.0f}" for r in (mine[0], mine[-1]))
+        yield f"  bare reads and writes, {which} {dtype}: best and worst shape, GB/s: {'; '.join(ends)}"
 
 
 def generation(rows: Sequence[Row]) -> Iterable[str]:

@@ -98,3 +98,10 @@ def test_generation_peers_profile_and_tests_have_their_lines() -> None:
 
 def test_rows_of_nothing_make_a_table() -> None:
     assert "NOTHING FAILED" in table.of_rows([])
+
+
+def test_ceilings_of_launch_shapes_are_a_line_a_pass() -> None:
+    row = {"step": "tuning", "what": "skeleton", "pass": "forward", "dtype": "bfloat16", "num_warps": 1, "stages": 4}
+    fast, slow = (row | {"block_c": c, "ms": ms, "gb_per_s": 100 / ms} for c, ms in ((64, 0.05), (32, 0.1)))
+    found = text(slow, fast, row | {"block_c": 128, "error": "OutOfResources"})
+    assert "bare reads and writes, forward bfloat16: best and worst shape, GB/s: 64,1,4 2000; 32,1,4 1000" in found
