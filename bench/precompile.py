@@ -63,6 +63,7 @@ def count(modules: list[str]) -> list[tuple[str, list[Identity], str | None]]:
     """Return of every launch its name, the kernels that none before it has asked for, and why it failed."""
     seen: set[Identity] = set()
     found: list[tuple[str, list[Identity], str | None]] = []
+    triton_keys.settle()
     with stand_in(compiles=False) as device:
         for name, call in launches(modules):
             before = len(device.kernels)
@@ -79,6 +80,7 @@ def work(modules: list[str], wanted: dict[int, list[Identity]], claimed: Any, re
     All processes go through the launches in the same order, so that each kernel is first met where it is wanted.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the one that packs
+    triton_keys.settle()
     device, sources, mine = StandIn(), launchers.Sources(), set()
     device.launcher_cls = sources.launcher
     sources.driver()

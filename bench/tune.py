@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     try:
+        from ready import triton_keys
         from tuning import report
         from tuning.device import Gpu, Rehearsal
     except ImportError as error:
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     record: dict[str, Any] = {**about_run("tune", place, settings), "diff": "", "rows": []}
     path = args.out / "tune.json"
     result_file.check(path, record["device"], parser)
+    if not args.rehearse:
+        triton_keys.settle()  # kernels compiled beforehand are found
     cuda = Rehearsal() if args.rehearse else Gpu(place)
     emit = Rows(args.rows)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from piece.journal import emit
 from piece.reference import relative_errors
+from ready import triton_keys
 from torch import Tensor
 
 Results = dict[str, Tensor]
@@ -139,6 +140,7 @@ def the_device(rehearse: bool) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here; --rehearse runs everything on a CPU")
+    triton_keys.settle()  # kernels compiled beforehand are found
     return torch.device("cuda", torch.cuda.current_device())
 
 

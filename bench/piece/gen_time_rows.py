@@ -10,6 +10,7 @@ import program
 from command_line import Parser
 from gen_time_options import parse
 from piece.journal import emit
+from ready import triton_keys
 
 OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
 OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of gen_time.json")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny model, a few tokens")
     args = parser.parse_args(arguments)
+    if not args.rehearse:
+        triton_keys.settle()  # kernels compiled beforehand are found
     chosen = OPTIONS_REHEARSED if args.rehearse else OPTIONS
     run = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
     return program.run_and_save(run.run, run.save)

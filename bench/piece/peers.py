@@ -24,6 +24,7 @@ from piece import reference
 from piece.checking import reason
 from piece.journal import emit
 from piece.runner import READY
+from ready import triton_keys
 from torch import Tensor
 from wkv_cuda_providers import RWKV_CUDA, compiled, longest
 
@@ -120,6 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     made = ops.parse(options)
     made.providers = None  # nobody was asked for by name: whose first calls take too long is not asked again
     RWKV_CUDA.lengths = (TOKENS,)
+    if not args.rehearse:
+        triton_keys.settle()  # kernels compiled beforehand are found
     run = Rows(made, args.seconds - (time.monotonic() - began))
     status = ops.program.run_and_save(lambda: ops.measure(run), run.save)
     return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in run.rows))

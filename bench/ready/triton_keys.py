@@ -12,7 +12,9 @@ other parts of the digest, and gets its folders' names where it is unpacked.
 
 import base64
 import hashlib
+import importlib
 import itertools
+import pkgutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -53,6 +55,24 @@ def key(source: str, options: str) -> str:
 def options_digest(options: dict[str, Any]) -> str:
     """Return the digest of options as a launch passes them to the compiler."""
     return _triton().backend.parse_options(dict(options)).hash()
+
+
+def settle() -> None:
+    """Compute the digests of all kernels' sources now, in one order. Call it before anything is launched.
+
+    Into the digest of a function goes which constants are used by the functions that it calls, but of those alone whose
+    own digest was there before: without this, which folders a process looks into depends on what it launches first.
+    """
+    from triton.runtime.jit import JITFunction
+
+    import fastwkv.kernels
+
+    for found in sorted(pkgutil.iter_modules(fastwkv.kernels.__path__), key=lambda found: found.name):
+        if not found.ispkg:  # that of the CPU
+            module = importlib.import_module(f"fastwkv.kernels.{found.name}")
+            for _, one in sorted(vars(module).items()):
+                if isinstance(one, JITFunction) and one.fn.__module__ == module.__name__:
+                    _ = one.cache_key
 
 
 def module_key(source: str) -> str:

@@ -39,6 +39,18 @@ with stand_in():
             call()
 print(found)
 """
+# Digests of sources, asked for in one order or in another.
+DIGESTS = """
+import sys
+from importlib import import_module
+from ready import triton_keys
+if sys.argv[1] == "settled":
+    triton_keys.settle()
+names = [name.split(".") for name in sys.argv[2:]]
+print(dict(sorted((name, getattr(import_module(f"fastwkv.kernels.{file}"), name).cache_key) for file, name in names)))
+"""
+KERNELS = ["wkv_bwd._wkv_bwd_kernel", "wkv._wkv_fwd_kernel", "linear_scan_bwd._linear_scan_bwd_kernel"]
+KERNELS += ["linear_scan._linear_scan_fwd_kernel", "wkv_step._wkv_step_kernel"]
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +254,12 @@ def test_preparation_stops_at_what_fails(monkeypatch, tmp_path, capsys):
     assert printed.out.startswith("one: is there, 0 s")
     assert printed.err == "gpu_ready.py: two: no network\n"
     assert reached == []
+
+
+def test_digests_do_not_depend_on_what_is_launched_first(tmp_path):
+    found = {
+        str(subprocess.run([sys.executable, "-c", DIGESTS, "settled", *names], env=surroundings(tmp_path, tmp_path),
+                           capture_output=True, text=True, check=True, timeout=280).stdout)
+        for names in (KERNELS, KERNELS[::-1], KERNELS[1:] + KERNELS[:1])
+    }  # fmt: skip
+    assert len(found) == 1
