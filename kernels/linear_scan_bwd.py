@@ -219,9 +219,9 @@ def linear_scan_bwd(
         run_carry(gfinal, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
     start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal, *outputs), numbers, kind)
     if fixed:
-        ga, terms = torch.empty_like(a), ga
-        flat = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (terms, ga)]
-        row_sums(flat[0][None], flat[1])
+        terms, ga = ga, torch.empty_like(a)
+        parts = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (terms, ga)]
+        row_sums(parts[0][None], parts[1])
     return ga, gx, ginitial
 
 
