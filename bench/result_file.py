@@ -2,19 +2,19 @@
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from command_line import Parser, check_writable
+from plain_json import plain
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write the record, its ``rows`` last and one line each; whole or not at all."""
-    rows = ",\n".join(f"    {json.dumps(_plain(row))}" for row in record["rows"])
-    head = json.dumps(_plain({**record, "rows": []}), indent=2)
+    rows = ",\n".join(f"    {json.dumps(plain(row))}" for row in record["rows"])
+    head = json.dumps(plain({**record, "rows": []}), indent=2)
     assert head.endswith('"rows": []\n}')
     text = head.removesuffix("[]\n}") + (f"[\n{rows}\n  ]\n}}\n" if rows else "[]\n}\n")
     replace(path, lambda part: part.write_text(text))
@@ -74,14 +74,3 @@ def unavailable(rows: Iterable[dict[str, Any]], key: str) -> list[str]:
         if row["status"] == "unavailable":
             reasons.setdefault(row["reason"], {})[row[key]] = None
     return [f"{', '.join(who)}: not available, {reason}" for reason, who in reasons.items()]
-
-
-def _plain(value: Any) -> Any:
-    # Numbers of five digits; JSON knows neither NaN nor infinity.
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value

@@ -1,11 +1,12 @@
 """What a run leaves behind, written the moment it is known: rows.jsonl, log.txt and table.txt in one folder."""
 
 import json
-import math
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from plain_json import plain
 
 LARGEST = 12 * 2**20  # bytes of a file
 
@@ -29,7 +30,7 @@ class Journal:
     def add(self, step: str, row: Row) -> None:
         """Write a row of a step."""
         row = {"step": step, "at": round(time.monotonic() - self.began, 2), **row}
-        line = json.dumps(_plain(row)) + "\n"
+        line = json.dumps(plain(row, str)) + "\n"
         with self._lock:
             self.rows.append(row)
             if self._written + len(line) <= LARGEST:
@@ -91,14 +92,3 @@ def read(folder: Path) -> list[Row]:
         except ValueError:
             break
     return rows
-
-
-def _plain(value: Any) -> Any:
-    # Numbers of five digits; JSON knows neither NaN nor infinity.
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
-    return value
