@@ -54,7 +54,7 @@ from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.linear_scan_step import linear_scan_step
-from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.packing import fill_idle_rows, has_row, packed_edges
 
 __all__ = ["linear_scan_fwd", "linear_scan_step"]
 
@@ -69,9 +69,24 @@ def edges_of(edge_ptr, rows, inside):
 
 
 @triton.jit
-def sequence_of(edge_ptr):
-    """Return the number of the sequence of a token."""
-    return (tl.load(edge_ptr) >> 2).to(tl.int64)
+def load_row(row_ptr, edge_ptr, C: tl.constexpr, c, in_c, like):
+    """Read the row of a token's sequence, zeros if there are no rows; NaN for a token that belongs to none."""
+    edge = tl.load(edge_ptr)
+    row = filled(0.0, like)
+    if row_ptr is not None:
+        row = load(row_ptr, (edge >> 2).to(tl.int64) * C + c, has_row(edge, in_c), like)
+    nowhere = tl.where(edge < 0, float("nan"), filled(0.0, like)[0])
+    if len(like) == 2:
+        return (row[0] + nowhere, row[1] + nowhere)
+    else:
+        return (row[0] + nowhere,)
+
+
+@triton.jit
+def store_row(row_ptr, edge_ptr, C: tl.constexpr, c, in_c, z):
+    """Write the row of a token's sequence, if it belongs to one."""
+    edge = tl.load(edge_ptr)
+    store(row_ptr, (edge >> 2).to(tl.int64) * C + c, z, has_row(edge, in_c))
 
 
 @triton.jit
@@ -106,9 +121,7 @@ def _forward_rows(
             if edge_ptr is not None:
                 if ((edges >> (2 * i)) & 1) != 0:
                     low = filled(0.0, h)
-                    h = filled(0.0, h)
-                    if initial_ptr is not None:
-                        h = load(initial_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, h)
+                    h = load_row(initial_ptr, edge_ptr + t + i, C, c, in_c, h)
             a = gate if gates is None else gate_of(gates[i], LOG, EXACT)
             a_low = a[1] if LOG and EXACT else None
             h, low = times_sum(a[0], a_low, h, low, EXACT)
@@ -117,7 +130,7 @@ def _forward_rows(
                 product, product_low = times_sum(a[0], a_low, product, product_low, EXACT)
             elif edge_ptr is not None:
                 if ((edges >> (2 * i + 1)) & 1) != 0:
-                    store(final_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(h, low), in_c)
+                    store_row(final_ptr, edge_ptr + t + i, C, c, in_c, rounded_sum(h, low))
         if h_ptr is not None:
             hs = hs + (rounded_sum(h, low) if EXACT else h,)
     if h_ptr is not None:
@@ -131,7 +144,7 @@ def _linear_scan_fwd_kernel(
     x_ptr,  # [B, T, C]
     initial_ptr,  # [N, C], before every sequence; None: zero
     carry_ptr,  # [B * chunks, C], before every chunk; None: a chunk is a sequence, or a summary is wanted
-    edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence, and whether it ends, starts; None: not packed
+    edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence n, -1 for none (packing.py); None: not packed
     h_ptr,  # [B, T, C]; None: a summary is wanted
     final_ptr,  # [N, C]; for summaries [2, B * chunks, C], state after each chunk from zero and product of its a
     T,
@@ -232,6 +245,8 @@ def linear_scan_fwd(
         start(_linear_scan_fwd_kernel, grid, (a, x, initial, None, edges, None, summary), numbers, kind)
         run_carry(initial, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=False)
     start(_linear_scan_fwd_kernel, grid, (a, x, initial, carry, edges, h_out, final_out), numbers, kind)
+    if cu_seqlens is not None and edges is not None:
+        fill_idle_rows(cu_seqlens, edges, *as_columns(initial, final_out), reverse)
     return h, final
 
 
@@ -273,6 +288,11 @@ def row_constants(
 def as_parts(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return what the kernels take complex tensors as."""
     return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
+
+
+def as_columns(*parts: Tensor | None) -> list[Tensor | None]:
+    """Return rows of parts of complex numbers, ``[N, C, 2]``, as rows of real ones."""
+    return [t.flatten(1) if t is not None and t.dim() == 3 else t for t in parts]
 
 
 def summaries(chunks: int, C: int, like: Tensor) -> list[Tensor | None]:

@@ -22,9 +22,18 @@ from fastwkv.kernels.arithmetic import (
 from fastwkv.kernels.config import Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
-from fastwkv.kernels.linear_scan import as_parts, edges_of, gate_of, row_constants, sequence_of, summaries
+from fastwkv.kernels.linear_scan import (
+    as_columns,
+    as_parts,
+    edges_of,
+    gate_of,
+    load_row,
+    row_constants,
+    store_row,
+    summaries,
+)
 from fastwkv.kernels.linear_scan_carry import run_carry
-from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.packing import fill_idle_rows, packed_edges
 from fastwkv.kernels.row_sums import row_sums
 
 
@@ -50,13 +59,9 @@ def _reverse_rows(
             if edge_ptr is not None:
                 if ((edges >> (2 * i + 1)) & 1) != 0:
                     low = filled(0.0, q)
-                    q = filled(0.0, q)
-                    if gfinal_ptr is not None:
-                        q = load(gfinal_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, q)
+                    q = load_row(gfinal_ptr, edge_ptr + t + i, C, c, in_c, q)
                 if ((edges >> (2 * i)) & 1) != 0:
-                    past = filled(0.0, q)
-                    if initial_ptr is not None:
-                        past = load(initial_ptr, sequence_of(edge_ptr + t + i) * C + c, in_c, q)
+                    past = load_row(initial_ptr, edge_ptr + t + i, C, c, in_c, q)
             elif (i == 0) and (initial_ptr is not None):
                 if t == 0:
                     past = load(initial_ptr, b * C + c, in_c, q)
@@ -77,7 +82,7 @@ def _reverse_rows(
             low = q_low
             if (edge_ptr is not None) and ((ginitial_ptr is not None) and OUTPUT):
                 if ((edges >> (2 * i)) & 1) != 0:
-                    store(ginitial_ptr, sequence_of(edge_ptr + t + i) * C + c, rounded_sum(q, low), in_c)
+                    store_row(ginitial_ptr, edge_ptr + t + i, C, c, in_c, rounded_sum(q, low))
         gas = (ga,) + gas
         gxs = (g,) + gxs
     if OUTPUT:
@@ -218,6 +223,8 @@ def linear_scan_bwd(
         start(_linear_scan_bwd_kernel, grid, (*inputs, None, edges, gfinal, None, None, summary), numbers, kind)
         run_carry(gfinal, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
     start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal, *outputs), numbers, kind)
+    if cu_seqlens is not None and edges is not None and initial is not None:
+        fill_idle_rows(cu_seqlens, edges, *as_columns(gfinal, outputs[2]), reverse)
     if fixed:
         terms, ga = ga, torch.empty_like(a)
         parts = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (terms, ga)]

@@ -1,17 +1,41 @@
-"""Packed sequences on a GPU: which sequence every token belongs to, and whether it starts or ends it.
+"""Packed sequences on a GPU: which sequence every token belongs to, and what is left of those without any token.
 
 The grid of the kernels knows nothing of the sequences, and the host never reads their offsets. What a token has to know
-is one small integer, found by a binary search in the offsets, by one kernel for all channels and both passes.
+is one small integer, found by binary searches in the offsets, by one kernel for all channels and both passes.
+
+Nobody has checked the offsets. A token belongs to a sequence only if all tokens of the sequence are there and lead to
+it; any other belongs to none, and what the kernels make of it is NaN. Offsets that do not decrease from 0 to T leave no
+token alone.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.held import constants, start
+from fastwkv.kernels.held import Constants, constants, start
 
 BLOCK = 512  # tokens a program of four warps
+ROW_BLOCK = 512  # channels of a row
+NOWHERE = tl.constexpr(-1)  # of a token that belongs to no sequence, and is the first and the last of its own
+
+
+@triton.jit
+def _ends_until(cu_seqlens_ptr, token, N, inside):
+    """Return how many sequences end at these tokens or before. It never falls from a token to a later one."""
+    low = tl.zeros_like(token)
+    high = tl.zeros_like(token) + N
+    size = N
+    while size > 0:
+        searching = inside & (low < high)
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens_ptr + 1 + middle, mask=searching, other=0) <= token
+        low = tl.where(searching & before, middle + 1, low)
+        high = tl.where(searching & (before == 0), middle, high)
+        size //= 2
+    return low
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -26,35 +50,99 @@ def _packed_edges_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < T
     token = T - 1 - i if REVERSE else i
-    # The sequence is the number of ends, cu_seqlens[1:], that are not after the token.
-    low = tl.zeros([BLOCK], tl.int32)
-    high = tl.zeros([BLOCK], tl.int32) + N
-    size = N
-    while size > 0:
-        searching = inside & (low < high)
-        middle = (low + high) // 2
-        before = tl.load(cu_seqlens_ptr + 1 + middle, mask=searching, other=0) <= token
-        low = tl.where(searching & before, middle + 1, low)
-        high = tl.where(searching & (before == 0), middle, high)
-        size //= 2
-    # Offsets are not checked: whatever they are, no sequence beyond the last is read or written.
-    n = tl.minimum(low, N - 1)
-    start = tl.load(cu_seqlens_ptr + n, mask=inside, other=0)
+    n = _ends_until(cu_seqlens_ptr, token, N, inside)
+    inside &= n < N
+    begin = tl.load(cu_seqlens_ptr + n, mask=inside, other=0)
     end = tl.load(cu_seqlens_ptr + n + 1, mask=inside, other=0)
-    first = (token == 0) | ((n > 0) & (start == token))
-    last = (token == T - 1) | ((n < N - 1) & (end == token + 1))
-    starts = (last if REVERSE else first).to(tl.int32)
-    ends = (first if REVERSE else last).to(tl.int32)
-    tl.store(edge_ptr + i, 4 * n + 2 * ends + starts, mask=inside)
+    inside &= (begin >= 0) & (begin <= token) & (token < end) & (end <= T)
+    begin = begin.to(tl.int32)
+    end = end.to(tl.int32)
+    # Where offsets decrease, the first and the last token tell whether all of them come to this sequence.
+    inside &= _ends_until(cu_seqlens_ptr, begin, N, inside) == n
+    inside &= _ends_until(cu_seqlens_ptr, end - 1, N, inside) == n
+    first = (begin == token).to(tl.int32)
+    last = (end == token + 1).to(tl.int32)
+    edge = 4 * n + (2 * first + last if REVERSE else 2 * last + first)
+    tl.store(edge_ptr + i, tl.where(inside, edge, NOWHERE), mask=i < T)
 
 
 def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     """Return for each token 4 n + 2 e + s, int32 ``[T]``: its sequence n, and whether it ends (e) or starts (s) it.
 
     With ``reverse`` the tokens are those of a scan from the last to the first, which starts where a sequence ends.
+    A token of no sequence has -1, which has both flags.
     """
     cu_seqlens = cu_seqlens.contiguous()
     edges = torch.empty(T, dtype=torch.int32, device=cu_seqlens.device)
     numbers, kind = (cu_seqlens.shape[0] - 1, T), constants(REVERSE=reverse, BLOCK=BLOCK)
     start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, kind)
     return edges
+
+
+@triton.jit
+def is_start(edge):
+    """Whether a token starts a sequence."""
+    return (edge & 1) != 0
+
+
+@triton.jit
+def is_end(edge):
+    """Whether a token ends a sequence."""
+    return (edge & 2) != 0
+
+
+@triton.jit
+def has_row(edge, in_c):
+    """Return in which of these channels a token's sequence has a row: all, or none if it belongs to no sequence."""
+    return tl.where(in_c, edge, NOWHERE) >= 0
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def _idle_rows_kernel(
+    cu_seqlens_ptr,  # [N + 1]
+    edge_ptr,  # int32 [T]
+    source_ptr,  # [FIELDS, N, C], or None
+    row_ptr,  # [FIELDS, N, C], written where a sequence has no token
+    N,
+    T,
+    C: tl.constexpr,
+    FIELDS: tl.constexpr,
+    STATE: tl.constexpr,  # the last field is an exponent, -inf without a source
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
+    empty = (begin == end) & (begin >= 0) & (end <= T)
+    first = T - end if REVERSE else begin
+    edge = tl.load(edge_ptr + tl.minimum(tl.maximum(first, 0), T - 1))
+    if (begin >= end) | (edge >> 2 != n):
+        for field in tl.static_range(FIELDS):
+            at = (field * tl.num_programs(0).to(tl.int64) + n) * C + c
+            if source_ptr is not None:
+                row = tl.load(source_ptr + at, mask=c < C, other=0.0)
+            else:
+                nothing: tl.constexpr = -float("inf") if STATE and field == FIELDS - 1 else 0.0
+                row = tl.full([BLOCK], nothing, row_ptr.dtype.element_ty)
+            tl.store(row_ptr + at, tl.where(empty, row, float("nan")), mask=c < C)
+
+
+def fill_idle_rows(
+    cu_seqlens: Tensor, edges: Tensor, source: Tensor | None, rows: Tensor, reverse: bool = False, state: bool = False
+) -> None:
+    """Write the rows ``[..., N, C]`` of those sequences that no token writes.
+
+    One that is empty has what it came with, its row of ``source``, or nothing: zeros, but for the exponent of a WKV
+    ``state``. One whose tokens are not all there has NaN.
+    """
+    N, C = rows.shape[-2:]
+    kind = _constants(C, rows.numel() // (N * C), state, reverse)
+    grid = (N, -(-C // ROW_BLOCK))
+    start(_idle_rows_kernel, grid, (cu_seqlens.contiguous(), edges, source, rows), (N, edges.shape[0]), kind)
+
+
+@lru_cache
+def _constants(C: int, fields: int, state: bool, reverse: bool) -> Constants:
+    return constants(C=C, FIELDS=fields, STATE=state, REVERSE=reverse, BLOCK=ROW_BLOCK)

@@ -46,7 +46,7 @@ from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
 from fastwkv.kernels.config import FORWARD_REGISTERS, Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for
-from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.packing import fill_idle_rows, has_row, is_end, packed_edges
 from fastwkv.kernels.wkv_carry import _wkv_carry_kernel, carry_constants
 from fastwkv.kernels.wkv_state import (
     absorb,
@@ -95,7 +95,7 @@ def _wkv_fwd_kernel(
     v_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C], before every sequence; None: empty
     carry_ptr,  # [3, B * chunks, C], before every chunk; None: a chunk is a sequence, or a summary is wanted
-    edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence, and whether it ends, starts; None: not packed
+    edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence n, -1 for none (packing.py); None: not packed
     y_ptr,  # [B, T, C]; None: a summary is wanted, the state after each chunk from an empty one
     checkpoint_ptr,  # [B, 3 * blocks, C], or None
     final_ptr,  # [3, N, C]; for summaries [3, B * chunks, C]
@@ -171,9 +171,9 @@ def _wkv_fwd_kernel(
             tl.store(y_ptr + start + tile, tile_of(ys, y_ptr, ROWS), mask=run)
             if edge_ptr is not None:
                 edge = tl.load(edge_ptr + t + last - 1)
-                if (edge & 2) != 0:
+                if is_end(edge):
                     final_at = final_ptr + (edge >> 2).to(tl.int64) * C + c
-                    store_aged(final_at, field, num, den, anchor, age, w, in_c)
+                    store_aged(final_at, field, num, den, anchor, age, w, has_row(edge, in_c))
         at = t + last
     if y_ptr is None:
         store_aged(final_ptr + row * C + c, carry_field, num, den, anchor, age, w, in_c)
@@ -220,4 +220,6 @@ def wkv_fwd(
         start(_wkv_carry_kernel, (B, grid[1]), (w, initial, summary, edges, carry), numbers, carry_constants(launch, C))
     saved = checkpoints if save else None
     start(_wkv_fwd_kernel, grid, (w, u, k, v, initial, carry, edges, y, saved, final), numbers, kind)
+    if cu_seqlens is not None and edges is not None:
+        fill_idle_rows(cu_seqlens, edges, initial, final, state=True)
     return y, final, checkpoints

@@ -9,7 +9,7 @@ from fastwkv.kernels.arithmetic import negated, quotient, rows_of, tile_of
 from fastwkv.kernels.config import BACKWARD_REGISTERS, Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import launch_for
-from fastwkv.kernels.packing import packed_edges
+from fastwkv.kernels.packing import fill_idle_rows, has_row, is_start, packed_edges
 from fastwkv.kernels.row_sums import row_sums
 from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel, carry_constants
 from fastwkv.kernels.wkv_state import (
@@ -206,10 +206,10 @@ def _wkv_bwd_kernel(
             tl.store(gk_ptr + start + tile, tile_of(gks, gk_ptr, ROWS), mask=run)
             tl.store(gv_ptr + start + tile, tile_of(gvs, gv_ptr, ROWS), mask=run)
         if (edge_ptr is not None) and (ginitial_ptr is not None):
-            if (edge & 1) != 0:
+            if is_start(edge):
                 at = ginitial_ptr + (edge >> 2).to(tl.int64) * C + c
-                tl.store(at, gm, mask=in_c)
-                tl.store(at + field, gl, mask=in_c)
+                tl.store(at, gm, mask=has_row(edge, in_c))
+                tl.store(at + field, gl, mask=has_row(edge, in_c))
         stop = t + first
     start = origin + (ROWS * C) * tl.full([], 1, tl.int64) * whole
     checkpoint_ptr += tl.full([], 3 * C, tl.int64) * whole
@@ -283,6 +283,8 @@ def wkv_bwd(
         start(_wkv_bwd_carry_kernel, (B, grid[1]), ends, numbers, carry_constants(launch, C))
     outputs = (gk, gv, gwu, None if initial is None else ginitial)
     start(_wkv_bwd_kernel, grid, (*inputs, carry, *outputs), numbers, kind)
+    if cu_seqlens is not None and edges is not None and initial is not None:
+        fill_idle_rows(cu_seqlens, edges, gfinal, ginitial)
     gw, gu = torch.empty_like(rates[0]), torch.empty_like(rates[1])
     row_sums(gwu, gw, gu)
     return gw, gu, gk, gv, ginitial

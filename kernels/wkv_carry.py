@@ -8,6 +8,7 @@ import triton.language as tl
 from fastwkv.kernels.arithmetic import negated
 from fastwkv.kernels.config import CARRY_GROUP, Launch
 from fastwkv.kernels.held import Constants, constants
+from fastwkv.kernels.packing import is_end, is_start
 from fastwkv.kernels.wkv_state import absorb, empty_state, load_rate, load_state, store_aged
 
 
@@ -51,7 +52,7 @@ def _wkv_carry_kernel(
             if edge_ptr is not None:  # a chunk in which a sequence starts carries nothing over
                 head = tl.load(edge_ptr + tl.minimum(i * chunk, T - 1))
                 tail = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-                starts = ((head & 1) != 0) | ((head >> 2) != (tail >> 2))
+                starts = is_start(head) | ((head >> 2) != (tail >> 2))
                 num = tl.where(starts, num_new, num)
                 den = tl.where(starts, den_new, den)
                 anchor = tl.where(starts, p_new, anchor)
@@ -106,7 +107,7 @@ def _wkv_bwd_carry_kernel(
                 i = tl.maximum(last - j, 0)
                 first_edge = tl.load(edge_ptr + i * chunk)
                 last_edge = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-                ends = ((last_edge & 2) != 0) | ((first_edge >> 2) != (last_edge >> 2))
+                ends = is_end(last_edge) | ((first_edge >> 2) != (last_edge >> 2))
                 gl = tl.where(ends, cl, gl)
                 gm = tl.where(ends, cm, gm)
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from fastwkv.kernels.arithmetic import LOG2_E, negated, two_sum
 from fastwkv.kernels.config import Launch, checkpoint_rows
 from fastwkv.kernels.held import Constants, constants
+from fastwkv.kernels.packing import has_row, is_end, is_start
 
 NO_PAST = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: an exponent below every finite key
 MAX_RATE = tl.constexpr(1e29)  # beyond it the decay is total or unbounded anyway, and age * w must stay finite
@@ -79,14 +80,14 @@ def load_state(ptr, field, mask):
 def run_end(edge_ptr, rows, first, last):
     """Return where the sequence of token ``first`` ends among the tokens up to ``last``."""
     edges = tl.load(edge_ptr + rows, mask=(rows > first) & (rows < last), other=0)
-    return tl.min(tl.where((edges & 1) != 0, rows, last), 0)
+    return tl.min(tl.where(is_start(edges), rows, last), 0)
 
 
 @triton.jit
 def run_begin(edge_ptr, rows, last):
     """Return where the sequence of the token before ``last`` begins among the tokens from 0 on."""
     edges = tl.load(edge_ptr + rows, mask=rows < last, other=0)
-    return tl.max(tl.where((edges & 1) != 0, rows, 0), 0)
+    return tl.max(tl.where(is_start(edges), rows, 0), 0)
 
 
 @triton.jit
@@ -111,25 +112,24 @@ def store_aged(ptr, field, num, den, anchor, age, w, mask):
 
 @triton.jit
 def enter(edge, initial_ptr, C, c, in_c, field, num, den, anchor, age):
-    """Replace the state where a packed sequence starts."""
-    if (edge & 1) != 0:
+    """Replace the state where a packed sequence starts; a token that belongs to none comes after NaN."""
+    if is_start(edge):
+        num, den, anchor, age = empty_state(num)
         if initial_ptr is not None:
             n = (edge >> 2).to(tl.int64)
-            num, den, anchor = load_state(initial_ptr + n * C + c, field, in_c)
-            age = tl.zeros_like(age)
-        else:
-            num, den, anchor, age = empty_state(num)
+            num, den, anchor = load_state(initial_ptr + n * C + c, field, has_row(edge, in_c))
+        den = tl.where(edge < 0, float("nan"), den)
     return num, den, anchor, age
 
 
 @triton.jit
 def leave(edge, gfinal_ptr, C, c, in_c, field, gm, gl, a, b):
     """Replace the adjoints where a packed sequence ends, and forget what they were."""
-    if (edge & 2) != 0:
+    if is_end(edge):
         if gfinal_ptr is not None:
             n = (edge >> 2).to(tl.int64)
-            gm = tl.load(gfinal_ptr + n * C + c, mask=in_c, other=0.0)
-            gl = tl.load(gfinal_ptr + field + n * C + c, mask=in_c, other=0.0)
+            gm = tl.load(gfinal_ptr + n * C + c, mask=has_row(edge, in_c), other=0.0)
+            gl = tl.load(gfinal_ptr + field + n * C + c, mask=has_row(edge, in_c), other=0.0)
         else:
             gm = tl.zeros_like(gm)
             gl = tl.zeros_like(gl)

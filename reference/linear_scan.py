@@ -41,7 +41,8 @@ def linear_scan(
         for a_t, x_t in reversed(steps) if reverse else steps:
             h = a_t * h + x_t
             results.append(h)
-        outputs.append(torch.stack(results[::-1] if reverse else results, 1))
+        if results:
+            outputs.append(torch.stack(results[::-1] if reverse else results, 1))
         states.append(h)
     h = torch.cat(outputs, 1)
     h = torch.view_as_real(h).to(x.dtype) if pairs else h.to(dtype)

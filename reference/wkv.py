@@ -77,10 +77,7 @@ def _wkv_definition(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState)
 
 
 def _wkv_recurrence(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState) -> tuple[Tensor, WKVState]:
-    scale = state.max.detach()
-    # The scale is a constant from here on: what depends on max as an input is moved into num and den.
-    moved = torch.exp(torch.where(scale > -torch.inf, state.max - scale, 0))
-    num, den = state.num * moved, state.den * moved
+    num, den, scale = _constant_scale(state)
     outputs = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1), strict=True):
         top = _finite(torch.maximum(scale, u + k_t)).detach()
@@ -91,6 +88,13 @@ def _wkv_recurrence(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState)
         past, now = torch.exp(scale - w - top), torch.exp(k_t - top)
         num, den, scale = past * num + now * v_t, past * den + now, top
     return torch.stack(outputs, 1), _normalised(num, den, scale)
+
+
+def _constant_scale(state: WKVState) -> WKVState:
+    # The scale is a constant from here on: what depends on max as an input is moved into num and den.
+    scale = state.max.detach()
+    moved = torch.exp(torch.where(scale > -torch.inf, state.max - scale, 0))
+    return WKVState(state.num * moved, state.den * moved, scale)
 
 
 def _finite(scale: Tensor) -> Tensor:
@@ -127,8 +131,11 @@ def _per_sequence(
     for n in range(len(bounds) - 1):
         state = initial_state if cu_seqlens is None else WKVState(*(s[n : n + 1] for s in initial_state))
         piece = slice(bounds[n], bounds[n + 1])
-        y, state = recurrence(w, u, keys[:, piece], values[:, piece], state)
-        outputs.append(y)
+        if bounds[n] < bounds[n + 1]:
+            y, state = recurrence(w, u, keys[:, piece], values[:, piece], state)
+            outputs.append(y)
+        else:
+            state = _normalised(*_constant_scale(state))
         states.append(state)
     y = torch.cat(outputs, 1).to(v.dtype)
     if not return_state:

@@ -93,7 +93,7 @@ class RWKV4TimeMix(nn.Module):
             y, wkv_state = wkv_step(w, u, k, v, wkv_state)
         else:
             y, wkv_state = wkv(w, u, k, v, wkv_state, return_state=True, cu_seqlens=cu_seqlens)
-        return self.output(torch.sigmoid(r) * y), (_last(x, cu_seqlens), wkv_state)
+        return self.output(torch.sigmoid(r) * y), (_last(x, x_before, cu_seqlens), wkv_state)
 
 
 class RWKV4ChannelMix(nn.Module):
@@ -148,10 +148,11 @@ class RWKV4ChannelMix(nn.Module):
             y of the shape of x, and the state after the last token of every text.
 
         """
-        previous = _shift(x, _empty(x, cu_seqlens) if state is None else state, cu_seqlens)
+        x_before = _empty(x, cu_seqlens) if state is None else state
+        previous = _shift(x, x_before, cu_seqlens)
         r = self.receptance(torch.lerp(previous, x, self.time_mix_receptance))
         k = self.key(torch.lerp(previous, x, self.time_mix_key))
-        return torch.sigmoid(r) * self.value(relu_squared(k)), _last(x, cu_seqlens)
+        return torch.sigmoid(r) * self.value(relu_squared(k)), _last(x, x_before, cu_seqlens)
 
 
 class RWKV4Block(nn.Module):
@@ -238,15 +239,22 @@ def _shift(x: Tensor, x_before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return x_before
     if cu_seqlens is None:
         return torch.cat((x_before[:, None], x[:, :-1]), 1)
-    return torch.cat((x[:, :1], x[:, :-1]), 1).index_copy(1, cu_seqlens[:-1].long(), x_before[None])
+    T = x.shape[1]
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:]
+    # What stands in front of a text without tokens goes beyond the last token, and from there nowhere.
+    first = torch.where(begin < end, begin, T).clamp(0, T)
+    return torch.cat((x[:, :1], x), 1).index_copy(1, first, x_before[None])[:, :T]
 
 
-def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _last(x: Tensor, x_before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the last input of every text; without tokens it is still that from before."""
     if x.dim() == 2:
         return x
     if cu_seqlens is None:
         return x[:, -1].clone()  # a view would keep all of x, in every layer, for as long as the state lives
-    return x[0].index_select(0, cu_seqlens[1:] - 1)
+    begin, end = cu_seqlens[:-1], cu_seqlens[1:]
+    last = x[0].index_select(0, (end - 1).clamp(0, x.shape[1] - 1))
+    return torch.where((begin < end)[:, None], last, x_before)
 
 
 def orthogonal_(weight: Tensor, gain: float) -> None:

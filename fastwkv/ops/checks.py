@@ -1,5 +1,6 @@
 """What every operator asks of its arguments. All of it runs before anything is launched."""
 
+import os
 from itertools import pairwise
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
+
+# For debugging. It costs a few launches a call, and a failure ends the process's use of the device.
+CHECK_OFFSETS_ON_DEVICE = os.environ.get("FASTWKV_CHECK_OFFSETS", "0") not in ("", "0")
 
 # All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
 
@@ -83,10 +87,11 @@ def check_dtype(dtype: torch.dtype, why: str, **tensors: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """``cu_seqlens`` is 0 = c_0 < c_1 < ... < c_N = T, for a batch of one.
+    """``cu_seqlens`` is 0 = c_0 <= c_1 <= ... <= c_N = T, for a batch of one.
 
-    The values are looked at on the CPU only: on a GPU that would wait for the device. There, offsets that break the
-    rule give wrong numbers, but never touch memory outside the tensors.
+    The host looks at values on the CPU only: on a GPU that would wait for the device. There, what offsets that break
+    the rule do not cover is NaN (kernels/packing.py), and with ``FASTWKV_CHECK_OFFSETS=1`` in the environment the
+    device asserts the rule.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
@@ -96,11 +101,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         raise ValueError(f"cu_seqlens must be [N + 1] with N at least 1, got shape {_shape(cu_seqlens)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
+    if CHECK_OFFSETS_ON_DEVICE and cu_seqlens.device.type != "cpu":
+        rule = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(rule, f"cu_seqlens must run from 0 to T = {length} without decreasing")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
-        ascending = all(a < b for a, b in pairwise(offsets))
+        ascending = all(a <= b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != length or not ascending:
-            raise ValueError(f"cu_seqlens must increase from 0 to T = {length}, got {_abbreviated(offsets)}")
+            raise ValueError(
+                f"cu_seqlens must run from 0 to T = {length} without decreasing, got {_abbreviated(offsets)}"
+            )
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -52,7 +52,7 @@ class Composed:
         ga = g * self.h_before.conj()
         ga = ga * a if self.log else ga
         ga = (ga.sum((0, 1)) if self.fixed else ga).to(self.given_dtype)
-        return ga, self._as_given(g), None if self.initial is None else self._first_tokens(a * g)
+        return ga, self._as_given(g), None if self.initial is None else self._before_first_tokens(a * g, gfinal)
 
     def forward(self, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tangents of h and of the final state."""
@@ -74,8 +74,11 @@ class Composed:
         a, log_a = (None, given) if self.log else (given, None)
         return self.linear_scan(a, x, initial, log_a=log_a, cu_seqlens=self.cu_seqlens, **options)
 
-    def _first_tokens(self, t: Tensor) -> Tensor:
-        """Return what stands at the first token of every sequence."""
+    def _before_first_tokens(self, q: Tensor, gfinal: Tensor | None) -> Tensor:
+        """Return what comes out of the first token of every sequence, and through one that is empty."""
         if self.cu_seqlens is None:
-            return t[:, -1 if self.reverse else 0]
-        return t[0, self.cu_seqlens[1:] - 1 if self.reverse else self.cu_seqlens[:-1]]
+            return q[:, -1 if self.reverse else 0]
+        begin, end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        first = (end - 1 if self.reverse else begin).clamp(0, q.shape[1] - 1)
+        through = torch.zeros((), dtype=q.dtype, device=q.device) if gfinal is None else gfinal
+        return torch.where((begin == end)[:, None], through, q[0, first])

@@ -28,15 +28,15 @@ def sequence_bounds(T: int, cu_seqlens: Tensor | None) -> np.ndarray:
     """Return where the sequences of one batch row begin and end.
 
     Raises:
-        ValueError: ``cu_seqlens`` does not increase from 0 to T. The kernels would leave their memory; a compiled or
-            exported call comes here without the checks of the public function.
+        ValueError: ``cu_seqlens`` does not run from 0 to T without decreasing. The kernels would leave their memory; a
+            compiled or exported call comes here without the checks of the public function.
 
     """
     if cu_seqlens is None:
         return np.array((0, T))
     bounds = cu_seqlens.to(torch.int64).numpy()
-    if bounds[0] != 0 or bounds[-1] != T or (np.diff(bounds) <= 0).any():
-        raise ValueError(f"cu_seqlens must increase from 0 to T = {T}")
+    if bounds[0] != 0 or bounds[-1] != T or (np.diff(bounds) < 0).any():
+        raise ValueError(f"cu_seqlens must run from 0 to T = {T} without decreasing")
     return bounds
 
 

@@ -82,7 +82,7 @@ def _linear_scan_fwd_kernel(
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
         token = batch * T + (start if step > 0 else stop - 1)
-        for row in range(0, stop - start, ROWS):
+        for row in range(0, max(stop - start, 1), ROWS):  # once for an empty sequence too
             rows = min(ROWS, stop - start - row)
             for i in range(c_first, c_last, 2 * lanes):
                 # Where there is no second vector, or only part of one, it overlaps the first, and the same numbers are

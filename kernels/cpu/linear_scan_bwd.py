@@ -80,7 +80,7 @@ def _linear_scan_bwd_kernel(
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
         token = batch * T + (start if step > 0 else stop - 1)
-        top = (stop - start - 1) // ROWS * ROWS
+        top = max(stop - start - 1, 0) // ROWS * ROWS  # 0 for an empty sequence too
         for row in range(top, -1, -ROWS):
             rows = min(ROWS, stop - start - row)
             for i in range(c_first, c_last, lanes):

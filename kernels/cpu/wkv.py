@@ -70,7 +70,7 @@ def _wkv_fwd_kernel(
     state += -state % VECTOR_BYTES
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
-        for row in range(start - start % kept, stop, kept):
+        for row in range(start - start % kept, max(stop, start + 1), kept):  # once for an empty sequence too
             for x in range(c_first, c_last, lanes):
                 # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
                 c, at = min(x, C - lanes), 4 * (x - c_first)
@@ -83,7 +83,7 @@ def _wkv_fwd_kernel(
                     age = load(state, at + 3 * lanes, sums)
                 elif initial_ptr != 0:
                     num, den, anchor = load_packed(initial_ptr, n * C + c, N * C, sums)
-                if checkpoint_ptr != 0 and row >= start:
+                if checkpoint_ptr != 0 and start <= row < stop:
                     index = (batch * grid + row // kept) * 3 * C + c
                     a, b, scale = rounded(num, den, anchor, age, minus_w)
                     store_packed(checkpoint_ptr, index, C, a, b, scale, sums)

@@ -145,7 +145,7 @@ def _wkv_bwd_kernel(
     scratch = state + 4 * width * sums.itemsize
     for unit in range(first, last):
         n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
-        top = (stop - 1) // kept
+        top = max(stop - 1, start) // kept  # an empty sequence has no rows there, but adjoints that go through
         for j in range(top, start // kept - 1, -1):
             row = max(j * kept, start)
             rows = min((j + 1) * kept, stop) - row

@@ -62,7 +62,7 @@ def test_memory_beside_tensors_is_neither_read_nor_written(implementation, shape
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [16, 16], [5, 11, 16, 1, 7]])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [16, 16], [5, 11, 16, 1, 7], [0, 5, 0, 11, 0, 0, 16, 0]])
 def test_memory_beside_packed_tensors_is_neither_read_nor_written(implementation, lengths, dtype, reverse):
     case = make_case(0, 1, 0, 5, dtype=dtype, lengths=lengths, fixed=reverse, reverse=reverse)
     assert_keeps_to_its_memory(implementation, case)

@@ -23,7 +23,7 @@ ROWS = checkpoint_rows(4)  # a multiple of those of float64
 TILE = checkpoint_rows(8)
 # In chunks of a tile: more of them than a group has, of which one sequence has part in many and one is one of them.
 MANY_TOKENS = (CARRY_GROUP + 3) * TILE - 2
-MANY_CHUNKS = [2 * TILE - 1, MANY_TOKENS + 3 - 2 * TILE, TILE, 1]
+MANY_CHUNKS = [0, 2 * TILE - 1, 0, 0, MANY_TOKENS + 3 - 2 * TILE, TILE, 1, 0]
 
 
 def cotangent(t):

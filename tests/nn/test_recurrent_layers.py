@@ -249,7 +249,7 @@ def test_bad_arguments_are_named(name: str) -> None:
             layer.step(*arguments)
     with pytest.raises(ValueError, match="a batch of one, but B = 2"):
         layer(x, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="must increase from 0 to T = 5"):
+    with pytest.raises(ValueError, match="must run from 0 to T = 5 without decreasing"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=rf"state must be \[sequences, N\] = \[3, {width}\], got shape \[2, {width}\]"):
         layer(x[:1], state, cu_seqlens=torch.tensor([0, 1, 2, 5]))

@@ -195,7 +195,7 @@ def test_packed_model_compiles_to_one_graph() -> None:
 
 BAD = {
     "cu_seqlens packs sequences into a batch of one, but B = 2": (2, [0, 3, 6]),
-    r"cu_seqlens must increase from 0 to T = 6, got \[0, 3, 5\]": (1, [0, 3, 5]),
+    r"cu_seqlens must run from 0 to T = 6 without decreasing, got \[0, 3, 5\]": (1, [0, 3, 5]),
     r"cu_seqlens must be \[N \+ 1\]": (1, [0]),
 }
 

@@ -68,6 +68,8 @@ def test_whole_equals_any_split_with_carried_state(implementation, case, data):
 def test_packed_equals_loop_over_sequences(implementation, case):
     h, final = values(linear_scan, case, implementation.device)
     for n, (begin, end) in enumerate(pairwise(case.bounds)):
+        if begin == end:
+            continue  # test_empty_sequences.py
         initial = None if case.initial is None else case.initial[n : n + 1]
         a = case.a if case.a.dim() == 1 else case.a[:, begin:end]
         single = replace(case, a=a, x=case.x[:, begin:end], initial=initial, cu_seqlens=None)

@@ -76,7 +76,11 @@ CASES = {
     "offsets with a batch": ({"cu_seqlens": torch.tensor([0, T])}, ValueError, "batch of one, but B = 2"),
     "offsets as list": (packed([0, T], cu_seqlens=[0, T]), TypeError, "cu_seqlens must be a tensor, got list"),
     "offsets as floats": (packed([0.0, 6.0]), TypeError, "cu_seqlens must be int32 or int64, got float32"),
-    "offsets that end early": (packed([0, 3]), ValueError, r"must increase from 0 to T = 6, got \[0, 3\]"),
+    "offsets that end early": (
+        packed([0, 3]),
+        ValueError,
+        r"must run from 0 to T = 6 without decreasing, got \[0, 3\]",
+    ),
     "empty sequence": (packed([0, 3, 3, T]), ValueError, r"got \[0, 3, 3, 6\]"),
     "state of the batch, packed": (
         packed([0, 3, T], initial_state=torch.zeros(1, C)),

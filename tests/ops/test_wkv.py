@@ -59,6 +59,8 @@ def test_whole_equals_any_split_with_carried_state(implementation, case, data):
 def test_packed_equals_loop_over_sequences(implementation, case):
     y, final = values(case, implementation)
     for n, (begin, end) in enumerate(zip(case.bounds, case.bounds[1:], strict=False)):
+        if begin == end:
+            continue  # test_empty_sequences.py
         initial = None if case.initial is None else case.initial[:, n : n + 1]
         single = replace(case, k=case.k[:, begin:end], v=case.v[:, begin:end], initial=initial, cu_seqlens=None)
         y_single, final_single = values(single, implementation)

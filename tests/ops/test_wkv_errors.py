@@ -69,8 +69,16 @@ CASES = {
     "offsets as floats": (packed([0.0, 6.0]), TypeError, "cu_seqlens must be int32 or int64, got float32"),
     "offsets of rank 2": (packed([[0, T]]), ValueError, r"cu_seqlens must be \[N \+ 1\].* got shape \[1, 2\]"),
     "one offset": (packed([0]), ValueError, r"N at least 1, got shape \[1\]"),
-    "offsets that start late": (packed([1, T]), ValueError, r"must increase from 0 to T = 6, got \[1, 6\]"),
-    "offsets that end early": (packed([0, 3]), ValueError, r"must increase from 0 to T = 6, got \[0, 3\]"),
+    "offsets that start late": (
+        packed([1, T]),
+        ValueError,
+        r"must run from 0 to T = 6 without decreasing, got \[1, 6\]",
+    ),
+    "offsets that end early": (
+        packed([0, 3]),
+        ValueError,
+        r"must run from 0 to T = 6 without decreasing, got \[0, 3\]",
+    ),
     "offsets that fall": (packed([0, 4, 2, T]), ValueError, r"got \[0, 4, 2, 6\]"),
     "empty sequence": (packed([0, 3, 3, T]), ValueError, r"got \[0, 3, 3, 6\]"),
     "many offsets": (packed(list(range(12))), ValueError, r"got \[0, 1, 2, 3, \.\.\., 9, 10, 11\]"),

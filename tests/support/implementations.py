@@ -3,6 +3,7 @@
 import importlib
 
 import torch
+from hypothesis import strategies as st
 from providers import ONLY_GPU, OPERATORS, rounding_interpreter
 
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
@@ -10,6 +11,12 @@ import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 IMPLEMENTATIONS = ("cpu", "triton")
 # Numbers of channels that tests draw from. On a GPU each is compiled for: there, fewer than a block has, and more.
 CHANNELS = (3, 65) if torch.cuda.is_available() else (1, 2, 3, 5, 17, 33)
+
+
+def packed_lengths(longest: int, sequences: int = 5) -> st.SearchStrategy[list[int]]:
+    """Draw the lengths of sequences that are packed into one, some of them empty but not all."""
+    lengths = st.one_of(st.integers(1, longest), st.integers(0, 1))
+    return st.lists(lengths, min_size=1, max_size=sequences).filter(any)
 
 
 class Implementation:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from comparison import Results
 from hypothesis import strategies as st
-from implementations import CHANNELS
+from implementations import CHANNELS, packed_lengths
 from torch import Tensor
 
 from fastwkv import reference
@@ -136,7 +136,7 @@ def cases(draw, max_tokens: int = 40, dtypes: tuple = DTYPES, packed: bool | Non
         **fixed_options,
     }
     if draw(st.booleans()) if packed is None else packed:
-        lengths = draw(st.lists(st.integers(1, max_tokens // 2), min_size=1, max_size=5))
+        lengths = draw(packed_lengths(max_tokens // 2))
         return make_case(seed, 1, 0, C, lengths=lengths, **options)
     return make_case(seed, draw(st.integers(1, 3)), draw(st.integers(1, max_tokens)), C, **options)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from comparison import Results, relative_error
 from hypothesis import strategies as st
-from implementations import CHANNELS
+from implementations import CHANNELS, packed_lengths
 from torch import Tensor
 
 from fastwkv import WKVState, reference, wkv
@@ -110,7 +110,7 @@ def cases(draw, max_tokens: int = 40, dtypes: tuple = DTYPES, packed: bool | Non
         "key_range": draw(st.sampled_from((None, None, 20.0))),
     }
     if draw(st.booleans()) if packed is None else packed:
-        lengths = draw(st.lists(st.integers(1, max_tokens // 2), min_size=1, max_size=5))
+        lengths = draw(packed_lengths(max_tokens // 2))
         case = make_case(seed, 1, 0, C, lengths=lengths, **options)
     else:
         B, T = draw(st.integers(1, 3)), draw(st.integers(1, max_tokens))
@@ -172,6 +172,9 @@ def term_sizes(case: Case) -> dict[str, Tensor]:
                 token = (w[:, t], u[:, t], k[:, t : t + 1], v[:, t : t + 1])
                 y, state = reference.wkv_loop(*token, state, return_state=return_state)
                 outputs.append(y)
+            if state is None:  # an empty sequence
+                nothing = torch.zeros_like(k[:, 0])
+                state = WKVState(nothing, nothing, nothing - torch.inf)
             finals.append(state)
         return torch.cat(outputs, 1), WKVState(*(torch.cat(field) for field in zip(*finals, strict=True)))
 
