@@ -1,4 +1,4 @@
-"""Ctrl-C while the command starts ends it at once, with status 130 and without a word; importing the package does not."""
+"""Ctrl-C while the command starts ends it at once, with status 130 and without a word, and no other program."""
 
 import os
 import signal
