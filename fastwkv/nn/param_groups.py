@@ -50,7 +50,8 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, rate in (("lr", lr), ("factor", factor), ("weight_decay", weight_decay)):
+    rates: dict[str, Any] = {"lr": lr, "factor": factor, "weight_decay": weight_decay}
+    for name, rate in rates.items():
         if not isinstance(rate, Real) or isinstance(rate, bool):
             raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
         if not 0 <= rate < math.inf:

@@ -58,7 +58,7 @@ def in_wider_dtype(module: nn.Module, x: Tensor) -> Tensor:
     Its hooks run, and running statistics are rounded to the dtype that they are kept in.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):  # what somebody has put in its place
+    if not isinstance(weight, Tensor) or weight.dtype == x.dtype:  # the former is of what somebody put in its place
         return module(x)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x = x.to(dtype)
