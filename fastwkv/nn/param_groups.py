@@ -50,12 +50,8 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    rates: dict[str, Any] = {"lr": lr, "factor": factor, "weight_decay": weight_decay}
-    for name, rate in rates.items():
-        if not isinstance(rate, Real) or isinstance(rate, bool):
-            raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
-        if not 0 <= rate < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {rate}")
+    lr, factor = _checked("lr", lr), _checked("factor", factor)
+    weight_decay = _checked("weight_decay", weight_decay)
     recurrent: dict[nn.Parameter, float] = {}
     for module in model.modules():
         for name, scale in _scales(module, factor).items():
@@ -71,6 +67,14 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
         {"params": parameters, "lr": lr * scale, "weight_decay": decay, "lr_scale": scale}
         for (scale, decay), parameters in sorted(groups.items(), key=lambda group: group[0][1] > 0)
     ]
+
+
+def _checked(name: str, rate: Any) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
+    if not 0 <= float(rate) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {rate}")
+    return float(rate)
 
 
 def _scales(module: nn.Module, factor: float) -> dict[str, float]:
