@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ VOCAB = 256  # bytes
 class Recipe:
     """Adam without weight decay, at a rate that falls exponentially to a sixtieth: in the paper 6e-4 to 1e-5.
 
-    The paper's RWKV-4 starts at the full rate; the code that trained it gives time_decay and time_first twice and
-    three times the rate of the others.
+    The paper's RWKV-4 starts at the full rate; ``fastwkv.nn.param_groups`` says what has a multiple of it.
     """
 
     rate: float
@@ -78,12 +76,3 @@ def predict(model: nn.Module, tokens: Tensor) -> Tensor:
 def parameters(model: nn.Module) -> int:
     """Return how many numbers the model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Divide the parameters by ``scale``, the multiple of the learning rate that they are trained at."""
-    groups: dict[int, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        scale = {"time_decay": 2, "time_first": 3}.get(name.rpartition(".")[2], 1)
-        groups.setdefault(scale, []).append(parameter)
-    return [{"params": group, "scale": scale} for scale, group in groups.items()]

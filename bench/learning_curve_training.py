@@ -10,11 +10,11 @@ from typing import Any
 import learning_curve_checkpoint as checkpoint
 import torch
 from learning_curve_data import Batch, Batches
-from learning_curve_models import Recipe, build, parameter_groups, predict
+from learning_curve_models import Recipe, build, predict
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastwkv.nn import RWKV4, RWKV4State
+from fastwkv.nn import RWKV4, RWKV4State, param_groups
 
 EVERY = 50  # steps from one checkpoint to the next
 
@@ -58,7 +58,8 @@ class Training:
         self.model = build(settings.model, settings.layers, settings.width, settings.length, settings.seed).to(device)
         if isinstance(self.model, RWKV4):
             self.model.gradient_checkpointing = settings.options.gradient_checkpointing
-        self.optimizer = torch.optim.Adam(parameter_groups(self.model), betas=settings.recipe.betas, fused=True)
+        groups = param_groups(self.model, settings.recipe.rate, weight_decay=0.0)
+        self.optimizer = torch.optim.Adam(groups, betas=settings.recipe.betas, fused=True)
         self.state: RWKV4State | None = None  # after the last step, if truncated
 
     def run(self, path: Path, tick: Callable[[], Any]) -> None:
@@ -83,7 +84,7 @@ class Training:
         """Learn from the next batch."""
         begin = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.settings.recipe.rate_of(self.position, self.settings.steps)
+            group["lr"] = group["lr_scale"] * self.settings.recipe.rate_of(self.position, self.settings.steps)
         loss = self.loss(self._batches[self.position])
         self.optimizer.zero_grad()
         loss.backward()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastwkv.nn import param_groups
 
 WARM_UP = 0.1  # of the steps
+DECAY = 0.05  # of the weights
 EVERY = 5  # steps to one point of a curve
 CHUNK = 64  # sequences at once in the test
 
@@ -65,7 +66,7 @@ class Training:
         network = Network(self.task, self.model).to(device)
         self.parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         rate = self.task.rates[self.model]
-        optimizer = torch.optim.AdamW(param_groups(network, rate), fused=True)
+        optimizer = torch.optim.AdamW(groups(network, rate), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_rate(step, steps))
         for batch in islice(batches, steps):
             begin = time.perf_counter()
@@ -84,6 +85,15 @@ class Training:
         self.radius = network.radius() if math.isfinite(value) else None
         self.accuracy = accuracy(network, test, device)
         self.status = "complete"
+
+
+def groups(network: Network, rate: float) -> list[dict[str, Any]]:
+    """Divide the parameters as the paper does: weight decay for all that is not of the recurrence, biases too."""
+    found = param_groups(network, rate, weight_decay=DECAY)
+    for group in found:
+        if group["lr_scale"] == 1:
+            group["weight_decay"] = DECAY
+    return found
 
 
 @torch.no_grad()

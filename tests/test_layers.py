@@ -13,7 +13,7 @@ ALLOWED = {
     "fastwkv/ops": {"fastwkv.kernels.config", "fastwkv.kernels.launch", "fastwkv.reference.wkv"},  # WKVState is there
     "fastwkv/nn": {"fastwkv.ops", "fastwkv.reference.wkv"},
     "fastwkv/integrations": {"fastwkv.ops", "fastwkv.nn", "fastwkv.reference.wkv"},
-    "fastwkv/cli": {"fastwkv.nn"},
+    "fastwkv/cli": {"fastwkv.nn", "fastwkv._startup"},
 }
 NAMES = {"reference": "fastwkv.reference", "kernels": "fastwkv.kernels"}
 FILES = [path for folder in ALLOWED for path in sorted((REPOSITORY / folder).rglob("*.py"))]

@@ -1,7 +1,9 @@
 """The package from outside: what importing it needs, ships and leaves alone."""
 
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,15 @@ def test_version_is_that_of_the_package_metadata():
     assert f"version: {fastwkv.__version__}" in (REPOSITORY / "CITATION.cff").read_text()
 
 
+def test_classifiers_name_every_python_from_the_first_that_is_required() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    (first,) = re.findall(r'^requires-python = ">=3\.(\d+)"$', text, re.MULTILINE)
+    named = [
+        int(minor) for minor in re.findall(r'^    "Programming Language :: Python :: 3\.(\d+)",$', text, re.MULTILINE)
+    ]
+    assert named == list(range(int(first), named[-1] + 1))
+
+
 def test_kernels_folder_is_no_package_of_its_own():
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
@@ -64,7 +75,11 @@ def test_wheel_and_sdist_hold_every_module_and_run(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"fastwkv-{fastwkv.__version__}-py3-none-any.whl"
-    assert (tmp_path / f"fastwkv-{fastwkv.__version__}.tar.gz").exists()
+    with tarfile.open(tmp_path / f"fastwkv-{fastwkv.__version__}.tar.gz") as sdist:
+        held = {Path(name).relative_to(f"fastwkv-{fastwkv.__version__}") for name in sdist.getnames()}
+    modules = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "fastwkv").rglob("*.py")}
+    assert modules <= held
+    assert not [path for path in held if path.parts[:1] in (("tests",), ("bench",))]  # none of them, not a few
     target = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel],

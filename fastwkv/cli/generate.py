@@ -12,6 +12,7 @@ from fastwkv.cli.arguments import UsageError
 from fastwkv.cli.position import Position, check_writable
 from fastwkv.cli.session import Session
 from fastwkv.cli.text import Text, open_text
+from fastwkv.cli.world import FILE_NAME
 from fastwkv.nn import RWKV4, RWKV4Config
 from fastwkv.nn.checkpoint import open_checkpoint
 
@@ -23,7 +24,7 @@ and how fast, to standard error. The first speed includes what starts up with th
 """
 EPILOG = """\
 A prompt is encoded without special tokens. An empty one starts a text after token 0, the end of text of the tokenizer
-of the Pile models. Without a tokenizer, tokens 0 to 255 are the bytes of UTF-8.
+of the Pile models and of World. Where a model has 256 tokens and no tokenizer, they are the bytes of UTF-8.
 
 A long prompt needs to be read only once:
 
@@ -62,9 +63,11 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="where it is, in UTF-8; - is standard input")
-    tokenizer = "a tokenizer.json (default: the one beside the model, else bytes)"
-    option("--tokenizer", type=Path, metavar="FILE", help=tokenizer)
-    save = "where to write the state after prompt and new text (safetensors)"
+    tokens = parser.add_mutually_exclusive_group()
+    tokenizer = f"a tokenizer.json, or RWKV-4 World's {FILE_NAME} (default: the one beside the model)"
+    tokens.add_argument("--tokenizer", type=Path, metavar="FILE", help=tokenizer)
+    tokens.add_argument("--bytes", action="store_true", help="tokens 0 to 255 are the bytes of UTF-8")
+    save = "where to write the state after prompt and new text (safetensors), in a folder that is there"
     option("--save-state", type=Path, metavar="FILE", help=save)
     load = "what to continue; a prompt is read after it"
     option("--load-state", type=Path, metavar="FILE", help=load)
@@ -75,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     # Whatever can be wrong is found out from the headers, before a large model is loaded.
     config, dtype = _sizes(args)
     loaded = Position.load(args.load_state, config, dtype) if args.load_state else None
-    text = open_text(args.tokenizer, args.model, config.vocab_size)
-    tokens = _tokens(args, text, config.vocab_size)
     if args.save_state:
         check_writable(args.save_state)
+    text = open_text(args.tokenizer, args.model, config.vocab_size, args.bytes)
+    tokens = _tokens(args, text, config.vocab_size)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or arguments.default_device()

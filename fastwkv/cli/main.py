@@ -4,6 +4,8 @@ import argparse
 
 import torch
 
+import fastwkv
+from fastwkv import _startup
 from fastwkv.cli import generate, info
 from fastwkv.cli.arguments import Parser, UsageError
 from fastwkv.cli.output import replace_what_cannot_be_encoded, write
@@ -23,11 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     Raises:
         SystemExit: with status 2 and one line on standard error for whatever the user can do wrong; with 0 after
-            --help.
+            --help and --version.
 
     """
-    replace_what_cannot_be_encoded()
     try:
+        _startup.interrupt_as_usual()
+        replace_what_cannot_be_encoded()
         try:
             return _run(arguments)
         finally:
@@ -65,6 +68,7 @@ def _what_the_user_can_change(error: MemoryError | RuntimeError) -> str:
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Parser]:
     """Read the command line; return it with the parser of its command."""
     parser = Parser(prog="fastwkv", description="RWKV-4 language models: text in, text out.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastwkv {fastwkv.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     parsers = {}
     for name, (module, summary) in _COMMANDS.items():

@@ -83,7 +83,7 @@ def advance(model: RWKV4, position: Position, tokens: Sequence[int]) -> Position
 
 
 def check_writable(path: Path) -> None:
-    """Find out whether :meth:`Position.save` could write a file of this name.
+    """Find out whether :meth:`Position.save` could write a file of this name, into a folder that is there.
 
     Raises:
         UsageError: it could not.
@@ -92,8 +92,9 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent):
             pass
+    except FileNotFoundError:
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,15 +1,16 @@
-"""Between text and tokens: a tokenizer of Hugging Face's ``tokenizers``, or the bytes of UTF-8."""
+"""Between text and tokens: a tokenizer of Hugging Face's ``tokenizers``, RWKV-4 World's, or the bytes of UTF-8."""
 
 import codecs
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastwkv.cli.arguments import UsageError
+from fastwkv.cli.world import FILE_NAME, WorldText, read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_BESIDE = ("tokenizer.json", FILE_NAME)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -83,37 +84,46 @@ class TokenizerText:
         return self._tokenizer.decode(self._held, skip_special_tokens=False)
 
 
-def open_text(tokenizer: Path | None, model: Path, vocab_size: int) -> Text:
-    """Return what encodes and decodes: this tokenizer, else that in the folder of the model, else bytes.
+def open_text(tokenizer: Path | None, model: Path, vocab_size: int, as_bytes: bool = False) -> Text:
+    """Return what encodes and decodes.
+
+    Args:
+        tokenizer: the file to use; if None the one beside the model, in its folder, if there is one.
+        model: the path of the model.
+        vocab_size: tokens of the model. Those of 256 are the bytes, where there is no file.
+        as_bytes: they are the first 256 of this model too, whatever is beside it.
 
     Raises:
         OSError: the file cannot be opened.
-        UsageError: it is no tokenizer, the library is not installed, or the vocabulary is too small for bytes.
+        UsageError: it is no tokenizer, the library is not installed, or there is none for such a model.
 
     """
-    beside = (model if model.is_dir() else model.parent) / "tokenizer.json"
-    if tokenizer is not None or beside.exists():
-        return TokenizerText(_read_tokenizer(tokenizer or beside))
-    if vocab_size < 256:
-        raise UsageError(f"give a --tokenizer: the model has {vocab_size} tokens, too few for the 256 bytes")
-    if vocab_size > 256:
-        print(
-            f"fastwkv: no tokenizer: the first 256 of the model's {vocab_size} tokens are taken as bytes",
-            file=sys.stderr,
+    if as_bytes:
+        return ByteText()
+    folder = model if model.is_dir() else model.parent
+    for path in (tokenizer,) if tokenizer is not None else (folder / name for name in _BESIDE):
+        if tokenizer is not None or path.exists():
+            return _read_tokenizer(path)
+    if vocab_size != 256:
+        raise UsageError(
+            f"give a --tokenizer, or --bytes if the first tokens are the bytes of UTF-8: the model has {vocab_size}"
+            f" tokens, and {folder} holds neither {' nor '.join(_BESIDE)}"
         )
     return ByteText()
 
 
-def _read_tokenizer(path: Path) -> "Tokenizer":
+def _read_tokenizer(path: Path) -> Text:
+    content = path.read_bytes()
+    if not content.lstrip().startswith(b"{"):
+        return WorldText(read_vocabulary(str(path), content))
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise UsageError(f"{path} needs the package tokenizers: pip install 'fastwkv[cli]'") from None
-    content = path.read_bytes()
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise UsageError(f"{path}: not a file of the tokenizers library ({error})") from None
     tokenizer.no_truncation()  # for training they may have been on
     tokenizer.no_padding()
-    return tokenizer
+    return TokenizerText(tokenizer)

@@ -1,5 +1,6 @@
 """The sizes of an RWKV-4 model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _PRESETS = {  # layers, width: table 2 of arXiv 2305.13048
@@ -51,13 +52,28 @@ class RWKV4Config:
 
     @classmethod
     def preset(cls, name: str, *, vocab_size: int = 50277) -> "RWKV4Config":
-        """Return the sizes of a published model: "169m", "430m", "1.5b", "3b", "7b" or "14b".
+        """Return the sizes of a published model: "169m", "430m", "1.5b", "3b", "7b" or "14b", in capitals or not.
 
         Raises:
+            TypeError: the name is no string.
             ValueError: there is no preset of this name.
 
         """
-        if name not in _PRESETS:
+        if not isinstance(name, str):
+            raise TypeError(f"the preset must be a str, got {type(name).__name__}")
+        if name.lower() not in _PRESETS:
             raise ValueError(f"the preset must be one of {', '.join(_PRESETS)}, got {name!r}")
-        layers, width = _PRESETS[name]
+        layers, width = _PRESETS[name.lower()]
         return cls(layers, width, vocab_size)
+
+
+def check_config(config: object) -> None:
+    """What a module is built with is an :class:`RWKV4Config`; the message says how to make one of what it is."""
+    if isinstance(config, RWKV4Config):
+        return
+    hint = ""
+    if isinstance(config, Mapping):
+        hint = "; RWKV4Config(**config) makes one of it"
+    elif isinstance(config, str):
+        hint = "; RWKV4Config.preset and RWKV4.from_pretrained take names"
+    raise TypeError(f"config must be an RWKV4Config, got {type(config).__name__}{hint}")

@@ -43,7 +43,7 @@ def generate(
 
     Args:
         model: an :class:`~fastwkv.nn.RWKV4`.
-        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1.
+        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1, of tokens below V as for :meth:`RWKV4.forward`.
         max_new_tokens: how many tokens to yield, 0 or more.
         temperature: 0 or more.
         top_p: above 0, at most 1. With temperature 0 it changes nothing.
@@ -58,8 +58,9 @@ def generate(
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: an argument is out of range, ``tokens`` or ``state`` does not fit the model, or ``graph`` is True
-            and there is a reason against it, which may show at the second token.
+        ValueError: an argument is out of range, ``tokens`` or ``state`` does not fit the model, a token is outside its
+            vocabulary (found on a CPU only), or ``graph`` is True and there is a reason against it, which may show at
+            the second token.
 
     """
     if not isinstance(model, RWKV4):
@@ -77,6 +78,8 @@ def generate(
     if graph is not None and not isinstance(graph, bool):
         raise TypeError(f"graph must be a bool or None, got {type(graph).__name__}")
     model.check_inputs(tokens, state)
+    if tokens.device.type == "cpu":
+        model.check_vocabulary(tokens)
     device = model.head.weight.device
     generator = torch.Generator(device)
     if seed is None:

@@ -4,7 +4,7 @@ Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.
 """
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastwkv.nn.recurrence import (
     check_carried,
+    check_flags,
     check_sizes,
     check_tokens,
     complex_dtype,
@@ -76,6 +77,7 @@ class LRU(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden=hidden, state=state)
+        check_flags(bidirectional=bidirectional)
         if not 0 <= r_min <= r_max <= 1 or r_max == 0 or r_min == 1:
             raise ValueError(f"the ring must be 0 <= r_min <= r_max <= 1 and within (0, 1), got [{r_min}, {r_max}]")
         if not 0 < max_phase < math.inf:
@@ -111,6 +113,26 @@ class LRU(nn.Module):
         ):
             matrix.copy_(torch.randn_like(matrix, dtype=torch.float64) / math.sqrt(scale))
 
+    @overload
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = ..., *, return_state: Literal[True], cu_seqlens: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = ..., *, return_state: bool, cu_seqlens: Tensor | None = ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(
         self,
         u: Tensor,
@@ -137,6 +159,7 @@ class LRU(nn.Module):
             ValueError: a shape or offset does not fit, or a state is given to or asked of a bidirectional layer.
 
         """
+        check_flags(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
@@ -152,6 +175,9 @@ class LRU(nn.Module):
             y = y.to(skip.dtype).add_(skip)
         y = y.to(u.dtype)
         return (y, final) if return_state else y
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token.

@@ -4,14 +4,14 @@ Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.
 """
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastwkv.nn.lru import LRU
-from fastwkv.nn.recurrence import check_tokens
+from fastwkv.nn.recurrence import check_flags, check_tokens, in_wider_dtype
 
 
 class LRUBlock(nn.Module):
@@ -21,9 +21,10 @@ class LRUBlock(nn.Module):
 
         y = x + drop(GLU(drop(gelu(LRU(norm(x))))))
 
-    with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states and steps are those
-    of :class:`LRU`. With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all texts
-    while training, so that only in ``eval()`` a token depends on nothing but the tokens before it.
+    with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states, steps and dtypes are
+    those of :class:`LRU`: where x and the parameters differ, all is computed in the wider dtype of both. With
+    ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all texts while training, so that
+    only in ``eval()`` a token depends on nothing but the tokens before it.
 
     Args:
         hidden: H, the channels of x and y.
@@ -62,6 +63,26 @@ class LRUBlock(nn.Module):
         self.norm.reset_parameters()
         self.gate.reset_parameters()
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: Tensor | None = ..., *, return_state: Literal[True], cu_seqlens: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: Tensor | None = ..., *, return_state: bool, cu_seqlens: Tensor | None = ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(
         self,
         x: Tensor,
@@ -71,19 +92,23 @@ class LRUBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
+        check_flags(return_state=return_state)
         check_tokens("B T H", self.lru.hidden, x=x)
-        u = self.norm(x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
-        y = self.lru(u, state, return_state=return_state, cu_seqlens=cu_seqlens)
+        u = in_wider_dtype(self.norm, x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
         if not return_state:
-            return self._residual(x, y)
-        y, final = y
+            return self._residual(x, self.lru(u, state, cu_seqlens=cu_seqlens))
+        y, final = self.lru(u, state, return_state=True, cu_seqlens=cu_seqlens)
         return self._residual(x, y), final
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token; arguments, results and errors are those of :meth:`LRU.step`."""
         check_tokens("B H", self.lru.hidden, x_t=x_t)
-        y, state = self.lru.step(self.norm(x_t), state)
+        y, state = self.lru.step(in_wider_dtype(self.norm, x_t), state)
         return self._residual(x_t, y), state
 
     def _residual(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, self.dropout(F.glu(self.gate(self.dropout(F.gelu(y))))))
+        gated = F.glu(in_wider_dtype(self.gate, self.dropout(F.gelu(y))))
+        return torch.add(x, self.dropout(gated)).to(x.dtype)

@@ -3,11 +3,13 @@
 Source: "Were RNNs All We Needed?", arXiv 2410.01201.
 """
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, compute_dtypes
+from fastwkv.nn.recurrence import check_carried, check_flags, check_sizes, check_tokens, compute_dtypes
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
 
@@ -40,6 +42,7 @@ class MinGRU(nn.Module):
         super().__init__()
         state = hidden if state is None else state
         check_sizes(hidden=hidden, state=state)
+        check_flags(positive=positive)
         self.hidden, self.state, self.positive = hidden, state, positive
         self.gate = nn.Linear(hidden, state)
         self.candidate = nn.Linear(hidden, state)
@@ -48,6 +51,26 @@ class MinGRU(nn.Module):
         """Set every parameter to its value at the start of training."""
         self.gate.reset_parameters()
         self.candidate.reset_parameters()
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: Tensor | None = ..., *, return_state: Literal[True], cu_seqlens: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, state: Tensor | None = ..., *, return_state: bool, cu_seqlens: Tensor | None = ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
         self,
@@ -75,12 +98,16 @@ class MinGRU(nn.Module):
             ValueError: a shape or offset does not fit.
 
         """
+        check_flags(return_state=return_state)
         check_tokens("B T H", self.hidden, x=x)
         check_carried(state, self.state, compute_dtypes(x, self.gate.weight)[1], x, cu_seqlens)
         log_a, gated = self._gated(x)
         h, final = linear_scan(None, gated, state, log_a=log_a, return_state=True, cu_seqlens=cu_seqlens)
         h = h.to(x.dtype)
         return (h, final) if return_state else h
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token.

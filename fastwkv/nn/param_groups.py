@@ -1,42 +1,94 @@
-"""How the parameters of linear recurrences are trained."""
+"""How the parameters of a model are trained: the rate of each, and whether it has weight decay."""
 
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay: float = 0.05) -> list[dict[str, Any]]:
-    """Divide the parameters of a model for AdamW as the LRU paper does.
+    """Divide the parameters of a model for AdamW by what each is, wherever it is in the model.
 
-    ν, θ, γ and B of every :class:`LRU`, wherever it is in the model, get the rate ``lr * factor`` and no weight decay,
-    and so do Δ, A and B of every :class:`S4D`, whose paper has the same rule. Everything else gets ``lr`` and
-    ``weight_decay``: biases, the parameters of norms and D too, since the paper exempts nothing but the recurrence.
-    Use it as ``torch.optim.AdamW(param_groups(model, 1e-3))``.
+    =========================================================  ===============  ================
+    parameters                                                 rate             weight decay
+    =========================================================  ===============  ================
+    ν, θ, γ, B of :class:`LRU`; Δ, A, B of :class:`S4D`        ``lr * factor``  none
+    time_decay of :class:`RWKV4`                               ``lr * 2``       none
+    time_first of :class:`RWKV4`                               ``lr * 3``       none
+    others of fewer than two dimensions: biases, those of
+    norms, D, Λ of :class:`RGLRU`, mixes of :class:`RWKV4`     ``lr``           none
+    all others                                                 ``lr``           ``weight_decay``
+    =========================================================  ===============  ================
+
+    Use it as ``torch.optim.AdamW(param_groups(model, 1e-3))``. RWKV-4 was trained with ``weight_decay=0``. A schedule
+    that sets rates, where those of PyTorch multiply them, sets each to ``group["lr_scale"]`` times that of ``lr``.
 
     Args:
-        model: any module.
+        model: any module: a layer, a model that holds layers, a compiled or wrapped one. A module that is not of this
+            package names its slow parameters, of any shape, in a tuple ``recurrent_parameters``, and multiples of the
+            rate in a dictionary ``lr_scales``; neither gets weight decay.
         lr: the learning rate.
-        factor: of the recurrent parameters' rate to ``lr``.
-        weight_decay: of the other parameters.
+        factor: of the rate of the recurrent parameters to ``lr``.
+        weight_decay: of the parameters that have it.
 
     Returns:
-        The two groups, the recurrent one first. Each parameter is in one of them, once however often it is used;
-        a frozen one (``requires_grad=False``) is in none.
+        the groups, those of recurrences first and the one with weight decay last; none is empty, and no two have the
+        same rate and decay. Each parameter is in one of them, once however often it is used, and as part of a
+        recurrence if it is one anywhere; a frozen one (``requires_grad=False``) is in none. A group holds "params",
+        "lr", "weight_decay" and "lr_scale", the multiple of ``lr``.
 
-    Source: arXiv 2303.06349, its appendix on the experiments.
+    Raises:
+        TypeError: ``model`` is no module, or a rate no number.
+        ValueError: a rate is negative or not finite.
+
+    Source: for LRU and S4D arXiv 2303.06349, its appendix on the experiments, which exempts no more than the recurrence
+    from weight decay; for RWKV-4 the code that trained the published models.
 
     """
-    recurrent = {
-        getattr(module, name): None
-        for module in model.modules()
-        for name in getattr(module, "recurrent_parameters", ())
-        if name in module._parameters
-    }
-    others = (parameter for parameter in model.parameters() if parameter not in recurrent)
-    groups: list[dict[str, Any]] = [
-        {"params": list(recurrent), "lr": lr * factor, "weight_decay": 0.0},
-        {"params": list(others), "lr": lr, "weight_decay": weight_decay},
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    lr, factor = _checked("lr", lr), _checked("factor", factor)
+    weight_decay = _checked("weight_decay", weight_decay)
+    recurrent: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        for name, scale in _scales(module, factor).items():
+            for parameter in _parameters(module, name):
+                recurrent.setdefault(parameter, scale)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in {**recurrent, **dict.fromkeys(model.parameters())}:
+        if parameter.requires_grad:
+            decays = parameter not in recurrent and parameter.dim() >= 2
+            key = recurrent.get(parameter, 1.0), weight_decay if decays else 0.0
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * scale, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in sorted(groups.items(), key=lambda group: group[0][1] > 0)
     ]
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return groups
+
+
+def _checked(name: str, rate: Any) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
+    if not 0 <= float(rate) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {rate}")
+    return float(rate)
+
+
+def _scales(module: nn.Module, factor: float) -> dict[str, float]:
+    """Return what a module says of its own parameters: the multiple of the rate of each that is of a recurrence."""
+    slow, scales = getattr(module, "recurrent_parameters", ()), getattr(module, "lr_scales", {})
+    # A module of somebody else's may use these names for something else.
+    found = dict.fromkeys(slow, factor) if isinstance(slow, tuple) else {}
+    return found | dict(scales) if isinstance(scales, Mapping) else found
+
+
+def _parameters(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Return the parameter of this name, or what it is computed from."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        yield parameter
+    elif parametrize.is_parametrized(module, name):
+        yield from module.parametrizations[name].parameters()  # type: ignore[index, union-attr]

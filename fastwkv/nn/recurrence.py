@@ -1,7 +1,10 @@
 """What the layers over :func:`fastwkv.linear_scan` share: checks, dtypes and what keeps them stable."""
 
+from itertools import chain
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastwkv.ops import checks
 
@@ -13,6 +16,13 @@ def check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_flags(**flags: bool) -> None:
+    """Each option is True or False: "no" would count as true."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
 
 
 def check_tokens(dims: str, width: int, **tokens: Tensor) -> None:
@@ -40,6 +50,28 @@ def compute_dtypes(tokens: Tensor, parameter: Tensor) -> tuple[torch.dtype, torc
     """Dtypes of a layer's products with matrices, and of its recurrence: there, 16 bits become float32."""
     products = torch.promote_types(tokens.dtype, parameter.dtype)
     return products, torch.promote_types(products, torch.float32)
+
+
+def in_wider_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module of PyTorch's, which takes the dtype of its parameters only, in the wider dtype of both.
+
+    Its hooks run, and running statistics are rounded to the dtype that they are kept in.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype == x.dtype:  # the former is of what somebody put in its place
+        return module(x)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x = x.to(dtype)
+    if weight.dtype == dtype:
+        return module(x)
+    kept = dict(module.named_buffers())
+    named = chain(module.named_parameters(), kept.items())
+    wide = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in named}
+    y: Tensor = functional_call(module, wide, (x,))
+    if module.training:
+        for name, buffer in kept.items():
+            buffer.copy_(wide[name])
+    return y
 
 
 def complex_dtype(real: torch.dtype) -> torch.dtype:

@@ -4,12 +4,13 @@ Source: "Griffin: Mixing Gated Linear Recurrences with Local Attention for Effic
 """
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, compute_dtypes
+from fastwkv.nn.recurrence import check_carried, check_flags, check_sizes, check_tokens, compute_dtypes
 from fastwkv.ops import checks
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
@@ -71,6 +72,39 @@ class RGLRU(nn.Module):
             weight.copy_(torch.randn_like(weight, dtype=torch.float64) / math.sqrt(weight.shape[1]))
             bias.zero_()
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+        segment_starts: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[True],
+        cu_seqlens: Tensor | None = ...,
+        segment_starts: Tensor | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: bool,
+        cu_seqlens: Tensor | None = ...,
+        segment_starts: Tensor | None = ...,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(
         self,
         x: Tensor,
@@ -100,6 +134,7 @@ class RGLRU(nn.Module):
             ValueError: a shape or offset does not fit.
 
         """
+        check_flags(return_state=return_state)
         check_tokens("B T H", self.hidden, x=x)
         check_carried(state, self.hidden, compute_dtypes(x, self.Lambda)[1], x, cu_seqlens)
         _check_starts("B T", segment_starts, x)
@@ -112,6 +147,9 @@ class RGLRU(nn.Module):
         h, final = linear_scan(None, gated, state, log_a=log_a, return_state=True, cu_seqlens=cu_seqlens)
         h = h.to(x.dtype)
         return (h, final) if return_state else h
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def step(
         self, x_t: Tensor, state: Tensor | None = None, *, segment_starts: Tensor | None = None

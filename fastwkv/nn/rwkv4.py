@@ -6,7 +6,7 @@ Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, sect
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastwkv.nn import rwkv4_step
 from fastwkv.nn.checkpoint import open_checkpoint, save
-from fastwkv.nn.config import RWKV4Config
+from fastwkv.nn.config import RWKV4Config, check_config
 from fastwkv.nn.rwkv4_layers import RWKV4Block, orthogonal_
 from fastwkv.nn.state import RWKV4State, check_state, empty_wkv_state
 from fastwkv.ops.checks import FLOATING, check_cu_seqlens, check_device
@@ -42,10 +42,14 @@ class RWKV4(nn.Module):
     Args:
         config: the sizes, for example ``RWKV4Config.preset("169m")``.
 
+    Raises:
+        TypeError: ``config`` is something else.
+
     """
 
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__()
+        check_config(config)
         self.config = config
         self.gradient_checkpointing = False
         self.embeddings = nn.Embedding(config.vocab_size, config.width)
@@ -69,7 +73,7 @@ class RWKV4(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls, path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
     ) -> "RWKV4":
         """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
 
@@ -81,8 +85,8 @@ class RWKV4(nn.Module):
         Args:
             path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
                 in shards with an index.
-            dtype: of the parameters; as stored if None. time_decay and time_first stay float32 in a 16-bit model; the
-                others must have one dtype, or be given one.
+            dtype: of the parameters, also by its name, as "bfloat16"; as stored if None. time_decay and time_first stay
+                float32 in a 16-bit model; the others must have one dtype, or be given one.
             device: where to.
 
         Raises:
@@ -92,7 +96,9 @@ class RWKV4(nn.Module):
             TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
 
         """
-        if dtype is not None and dtype not in FLOATING:
+        if isinstance(dtype, str):
+            dtype = {str(one).removeprefix("torch."): one for one in FLOATING}.get(dtype.removeprefix("torch."), dtype)
+        if isinstance(dtype, str) or (dtype is not None and dtype not in FLOATING):
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
         checkpoint = open_checkpoint(path)
         with torch.device("meta"):
@@ -130,7 +136,8 @@ class RWKV4(nn.Module):
         """Predict the token after each of ``tokens``.
 
         Args:
-            tokens: int64 or int32 ``[B, T]``, each below V.
+            tokens: int64 or int32 ``[B, T]``, each at least 0 and below V. On a CPU one that is not is an error; on a
+                GPU, and under ``torch.compile``, it is PyTorch's: looking at tokens would wait for the device.
             state: what :meth:`forward` returned for the text before; empty if None.
             cu_seqlens: int32 or int64 ``[N + 1]``, for N texts packed into a batch of one: text n holds the tokens
                 ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1`` and knows nothing of the others. Fields of the states
@@ -141,11 +148,14 @@ class RWKV4(nn.Module):
 
         Raises:
             TypeError: an argument is of another type or dtype.
-            ValueError: a shape, device or offset does not fit.
+            ValueError: a shape, device or offset does not fit, or a token is outside the vocabulary.
 
         """
         x, state = self.features(tokens, state, cu_seqlens=cu_seqlens)
         return self.head(x), state
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def features(
         self, tokens: Tensor, state: RWKV4State | None = None, *, cu_seqlens: Tensor | None = None
@@ -162,8 +172,9 @@ class RWKV4(nn.Module):
         """Read one token of every text, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
 
         For loops that :meth:`features` is too slow for, and for CUDA graphs: the state stays where it is in memory.
-        Nothing is checked, and nothing can be differentiated. On a GPU a block is half as many kernels as in
-        :meth:`features`, if its modules are as they were built and have no hooks; results may be rounded otherwise.
+        Nothing is checked but tokens on a CPU, as in :meth:`forward`, and nothing can be differentiated. On a GPU a
+        block is half as many kernels as in :meth:`features`, if its modules are as they were built and have no hooks;
+        results may be rounded otherwise.
         """
         with torch.no_grad():
             if type(self) is RWKV4 and rwkv4_step.stands_for(self, tokens, state):
@@ -173,20 +184,37 @@ class RWKV4(nn.Module):
     def _read(
         self, tokens: Tensor, state: RWKV4State, cu_seqlens: Tensor | None = None, out: RWKV4State | None = None
     ) -> tuple[Tensor, RWKV4State]:
-        x = self.embeddings(tokens)
+        x = self._embed(tokens)
         states = []
         for block, block_state in zip(self.blocks, state.unbind(), strict=True):
             x, block_state = self._run(block, x, block_state, cu_seqlens)
             states.append(block_state)
         return self.ln_out(x), RWKV4State.stack(states, out)
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Look tokens up. On a CPU PyTorch compares each with V, so that it is not done here unless one is wrong."""
+        if torch.compiler.is_compiling():
+            return self.embeddings(tokens)
+        try:
+            return self.embeddings(tokens)
+        except IndexError:
+            self.check_vocabulary(tokens)
+            raise
+
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RWKV4State]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
+    def check_vocabulary(self, tokens: Tensor) -> None:
+        """Raise a ValueError that names the first of ``tokens`` that the model has not; on a GPU this waits for it."""
+        V = self.embeddings.weight.shape[0]
+        outside = (tokens < 0) | (tokens >= V)
+        if outside.any():
+            raise ValueError(f"tokens must be at least 0 and below V = {V}, got {int(tokens[outside][0])}")
+
     def check_inputs(self, tokens: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None) -> None:
-        """Raise what :meth:`forward` raises, without running it."""
+        """Raise what :meth:`forward` raises, without running it, but for tokens outside the vocabulary."""
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.dtype not in (torch.int64, torch.int32):

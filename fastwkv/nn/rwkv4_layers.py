@@ -9,11 +9,12 @@ a batch of one, ``[1, T, D]`` with ``cu_seqlens`` as :func:`fastwkv.wkv` takes i
 """
 
 import math
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastwkv.nn.config import RWKV4Config
+from fastwkv.nn.config import RWKV4Config, check_config
 from fastwkv.nn.state import RWKV4State, empty_wkv_state, wkv_dtype
 from fastwkv.ops.wkv import wkv, wkv_step
 from fastwkv.reference.wkv import WKVState
@@ -35,8 +36,12 @@ class RWKV4TimeMix(nn.Module):
 
     """
 
+    # The multiples of the learning rate that the published models were trained at; see param_groups.
+    lr_scales: ClassVar = {"time_decay": 2.0, "time_first": 3.0}
+
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
         super().__init__()
+        check_config(config)
         D = config.width
         self._depth = _Depth(config.layers, layer)
         self.time_decay = nn.Parameter(torch.empty(D))
@@ -71,7 +76,7 @@ class RWKV4TimeMix(nn.Module):
         """Mix ``x`` along time.
 
         Args:
-            x: ``[B, T, D]``, or ``[B, D]`` for one token.
+            x: ``[B, T, D]``, or ``[B, D]`` for one token, of the dtype of the layer.
             state: the last x ``[B, D]`` and the WKV state, fields ``[B, D]``, of the text before; empty if None.
             cu_seqlens: where the texts start that are packed into x ``[1, T, D]``; fields of states are ``[N, D]``.
 
@@ -95,6 +100,9 @@ class RWKV4TimeMix(nn.Module):
             y, wkv_state = wkv(w, u, k, v, wkv_state, return_state=True, cu_seqlens=cu_seqlens)
         return self.output(torch.sigmoid(r) * y), (_last(x, x_before, cu_seqlens), wkv_state)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
+
 
 class RWKV4ChannelMix(nn.Module):
     """The layer that mixes channels, and only the last two tokens.
@@ -113,6 +121,7 @@ class RWKV4ChannelMix(nn.Module):
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
         super().__init__()
+        check_config(config)
         D = config.width
         self._depth = _Depth(config.layers, layer)
         self.time_mix_key = nn.Parameter(torch.empty(D))
@@ -140,7 +149,7 @@ class RWKV4ChannelMix(nn.Module):
         """Mix the channels of ``x``.
 
         Args:
-            x: ``[B, T, D]``, or ``[B, D]`` for one token.
+            x: ``[B, T, D]``, or ``[B, D]`` for one token, of the dtype of the layer.
             state: ``[B, D]``, the last x of the text before; zeros if None.
             cu_seqlens: where the texts start that are packed into x ``[1, T, D]``; states are ``[N, D]``.
 
@@ -154,6 +163,9 @@ class RWKV4ChannelMix(nn.Module):
         k = self.key(torch.lerp(previous, x, self.time_mix_key))
         return torch.sigmoid(r) * self.value(relu_squared(k)), _last(x, x_before, cu_seqlens)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
+
 
 class RWKV4Block(nn.Module):
     """One layer of the model: ``x += TimeMix(LN(x)); x += ChannelMix(LN(x))``.
@@ -164,6 +176,7 @@ class RWKV4Block(nn.Module):
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
         super().__init__()
+        check_config(config)
         D, eps = config.width, config.layer_norm_eps
         self.pre_ln = nn.LayerNorm(D, eps) if layer == 0 else None
         self.ln1 = nn.LayerNorm(D, eps)
@@ -201,6 +214,9 @@ class RWKV4Block(nn.Module):
             x = x / 2
         return x, RWKV4State(att_x, ffn_x, wkv_state)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
+
     @property
     def residual_scale(self) -> float:
         """What the results of both layers are multiplied by before they are added to x."""
@@ -216,6 +232,8 @@ class _Depth:
     """Where a layer stands: ``ratio`` runs from 0 in the first layer to 1 in the last, ``remaining`` from 1 to 1/L."""
 
     def __init__(self, layers: int, layer: int) -> None:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise TypeError(f"layer must be an int, got {type(layer).__name__}")
         if not 0 <= layer < layers:
             raise ValueError(f"layer must be at least 0 and below {layers}, got {layer}")
         self.ratio = layer / max(layers - 1, 1)

@@ -4,13 +4,14 @@ Source: "On the Parameterization and Initialization of Diagonal State Space Mode
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastwkv.nn.recurrence import (
     check_carried,
+    check_flags,
     check_sizes,
     check_tokens,
     complex_dtype,
@@ -93,6 +94,26 @@ class S4D(nn.Module):
         for tensor, std in ((self.C_re, math.sqrt(0.5)), (self.C_im, math.sqrt(0.5)), (self.D, 1.0)):
             tensor.copy_(std * torch.randn_like(tensor, dtype=torch.float64))
 
+    @overload
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = ...,
+        *,
+        return_state: Literal[False] = ...,
+        cu_seqlens: Tensor | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = ..., *, return_state: Literal[True], cu_seqlens: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = ..., *, return_state: bool, cu_seqlens: Tensor | None = ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
     def forward(
         self,
         u: Tensor,
@@ -102,12 +123,16 @@ class S4D(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts ``[B, T, H]``; arguments, results and errors are those of :meth:`LRU.forward`."""
+        check_flags(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_state(state, u, cu_seqlens)
         a, x = self._discretised(u)
         h, final = linear_scan(a, x, state, return_state=True, cu_seqlens=cu_seqlens)
         y = self._read(h, u)
         return (y, final) if return_state else y
+
+    if TYPE_CHECKING:
+        __call__ = forward  # that of nn.Module takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token ``[B, H]``; arguments, results and errors are those of :meth:`LRU.step`."""

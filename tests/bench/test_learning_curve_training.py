@@ -107,14 +107,14 @@ def test_rate_rises_if_it_warms_up_then_falls_to_a_sixtieth() -> None:
 def test_decay_and_bonus_are_trained_at_twice_and_three_times_the_rate() -> None:
     one = start()
     names = {id(parameter): name for name, parameter in one.model.named_parameters()}
-    scales = {names[id(p)]: group["scale"] for group in one.optimizer.param_groups for p in group["params"]}
+    scales = {names[id(p)]: group["lr_scale"] for group in one.optimizer.param_groups for p in group["params"]}
     assert scales.keys() == set(names.values())
     for name, scale in scales.items():
         assert scale == (2 if "time_decay" in name else 3 if "time_first" in name else 1)
     one.step()
     first = SETTINGS.recipe.rate_of(0, SETTINGS.steps)
     assert [group["lr"] for group in one.optimizer.param_groups] == [
-        g["scale"] * first for g in one.optimizer.param_groups
+        g["lr_scale"] * first for g in one.optimizer.param_groups
     ]
     assert one.optimizer.defaults["betas"] == (0.9, 0.99)
     assert (one.optimizer.defaults["eps"], one.optimizer.defaults["weight_decay"]) == (1e-8, 0)

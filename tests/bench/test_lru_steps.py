@@ -101,9 +101,11 @@ def test_recurrences_are_what_they_say(kind: type[nn.Module]) -> None:
 @pytest.mark.parametrize("model", [name for name in models.NAMES if name not in ("ring", "lru", "short")])
 def test_eigenvalues_train_at_the_smaller_rate_in_every_network(model: str) -> None:
     network = models.Network(DIGITS, model)
-    recurrent, others = training.param_groups(network, 1e-3)
-    assert recurrent["lr"] < others["lr"]
+    recurrent, *others = training.groups(network, 1e-3)
+    assert recurrent["lr"] == 0.25e-3
     assert recurrent["weight_decay"] == 0
+    assert [(group["lr"], group["weight_decay"]) for group in others] == [(1e-3, 0.05)] * len(others)
+    assert sum(len(group["params"]) for group in (recurrent, *others)) == len(list(network.parameters()))
     assert len(recurrent["params"]) == DIGITS.blocks * (4 if model == "diagonal" else 2)
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from rwkv4_models import trained
 
+import fastwkv
 from fastwkv.cli.main import main
+from fastwkv.cli.position import Position
 from fastwkv.nn import RWKV4, RWKV4Config
 
 MODEL, PROMPT = ("--model", "model"), ("--prompt", "a")
@@ -71,7 +73,22 @@ FILES = {
         "generate",
         *("--model", "one", "--tokenizer", "words.json", "--prompt", "b"),
     ),
-    "give a --tokenizer: the model has 1 tokens, too few for the 256 bytes": ("generate", "--model", "one", *PROMPT),
+    "model has 1 tokens, and one holds neither tokenizer.json nor rwkv_vocab_v20230424.txt": (
+        "generate",
+        *("--model", "one", *PROMPT),
+    ),
+    "model has 300 tokens, and large holds neither tokenizer.json nor": ("generate", "--model", "large", *PROMPT),
+    "give a --tokenizer, or --bytes if the first": ("generate", "--model", "large", "--load-state", "state"),
+    "token 97 of the prompt is outside the model's vocabulary of 1 tokens": (
+        "generate",
+        *("--bytes", "--model", "one", *PROMPT),
+    ),
+    "argument --tokenizer: not allowed with argument --bytes": (*GENERATE, "--bytes", "--tokenizer", "words.json"),
+    "missing/deep/x cannot be written: there is no folder missing/deep": (*GENERATE, "--save-state", "missing/deep/x"),
+    "file: neither a file of the tokenizers library nor the vocabulary of RWKV-4 World": (
+        *GENERATE,
+        *("--tokenizer", "file"),
+    ),
 }
 
 
@@ -81,6 +98,9 @@ def place(model: RWKV4, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     model.save_pretrained(place / "model")
     trained(RWKV4Config(layers=1, width=2, vocab_size=1)).save_pretrained(place / "one")
+    large = trained(RWKV4Config(layers=1, width=2, vocab_size=300))
+    large.save_pretrained(place / "large")
+    Position(large.empty_state(1), 7).save(place / "state")
     (place / "empty").mkdir()
     (place / "folder.safetensors").mkdir()
     for name in ("damaged.pth", "damaged.safetensors", "file"):
@@ -177,9 +197,15 @@ def test_full_disk_is_said_in_one_line(place, capfd, monkeypatch) -> None:
     assert capfd.readouterr().err == "fastwkv generate: standard output: No space left on device\n"
 
 
+def test_version_is_that_of_the_package(run) -> None:
+    assert run("--version") == (0, f"fastwkv {fastwkv.__version__}\n", "")
+
+
 OPTIONS = {
-    (): "generate info",
-    ("generate",): """--model --prompt --prompt-file --tokenizer --tokens --temperature --top-p --seed --stop-token
+    (): "generate info --version",
+    (
+        "generate",
+    ): """--model --prompt --prompt-file --tokenizer --bytes --tokens --temperature --top-p --seed --stop-token
         --dtype --device --threads --save-state --load-state""",
     ("info",): "PATH --json",
 }

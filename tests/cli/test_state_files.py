@@ -14,7 +14,7 @@ PROMPT = "It was the best of times, it was the worst of times"
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    return tmp_path / "new" / "text"  # any name will do
+    return tmp_path / "text"  # any name will do
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

@@ -152,13 +152,20 @@ def test_new_text_keeps_the_space_before_its_first_word(tmp_path: Path, run) -> 
     assert done.out == " two one two"
 
 
-def test_bytes_beside_a_larger_vocabulary_are_warned_of(tmp_path: Path, run) -> None:
+def test_bytes_beside_a_larger_vocabulary_are_taken_if_asked_for(tmp_path: Path, run) -> None:
     scripted(300, [97, 98, 299]).save_pretrained(tmp_path / "model")
-    done = run("generate", "--model", tmp_path / "model", "--prompt", "a", "--tokens", 3)
+    generate = ("generate", "--model", tmp_path / "model", "--prompt", "a", "--tokens", 3)
+    assert run(*generate)[:2] == (2, "")
+    done = run(*generate, "--bytes")
     assert done.out == "b\ufffda"
-    first, report = done.err.splitlines()
-    assert first == "fastwkv: no tokenizer: the first 256 of the model's 300 tokens are taken as bytes"
-    assert report.startswith("fastwkv: read 1 token")
+    assert done.err.startswith("fastwkv: read 1 token")
+
+
+def test_bytes_pass_over_the_tokenizer_beside_the_model(tmp_path: Path, run) -> None:
+    scripted(256, list(b"abc")).save_pretrained(tmp_path / "model")
+    word_level().save(str(tmp_path / "model" / "tokenizer.json"))
+    done = run("generate", "--model", tmp_path / "model", "--prompt", "a", "--tokens", 2, "--bytes")
+    assert done.out == "bc"
 
 
 def test_missing_library_is_named(tmp_path: Path, folder: Path, run, monkeypatch) -> None:

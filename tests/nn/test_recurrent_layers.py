@@ -150,19 +150,6 @@ def test_autocast_rounds_products_only(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-# Not the blocks: norms and nn.Linear take the dtype of their parameters only.
-@pytest.mark.parametrize("name", [name for name in LAYERS if "Block" not in name])
-def test_layer_takes_an_input_of_another_precision(name: str) -> None:
-    layer, x = trained(name), text(2, 7)
-    y = layer(x.bfloat16())
-    assert y.dtype == torch.bfloat16
-    assert distance(y, layer(x.bfloat16().float())) < torch.finfo(torch.bfloat16).eps
-    y, state = layer(x.double(), return_state=True)
-    assert y.dtype == torch.float64
-    assert state.dtype in (torch.float64, torch.complex128)
-    assert distance(layer(x), y) < SAME
-
-
 @every_layer
 def test_state_dict_restores_a_layer(name: str) -> None:
     layer, other, x = trained(name), trained(name, seed=1), text(1, 6)
@@ -247,6 +234,9 @@ def test_bad_arguments_are_named(name: str) -> None:
     ]:
         with pytest.raises(error, match=message):
             layer.step(*arguments)
+    for flag in ("no", 1, None, torch.tensor(True)):
+        with pytest.raises(TypeError, match="return_state must be a bool, got "):
+            layer(x, return_state=flag)
     with pytest.raises(ValueError, match="a batch of one, but B = 2"):
         layer(x, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="must run from 0 to T = 5 without decreasing"):
