@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastwkv.nn.lru import LRU
 from fastwkv.nn.recurrence import check_tokens
+from fastwkv.ops.checks import check_bool
 
 
 class LRUBlock(nn.Module):
@@ -71,6 +72,7 @@ class LRUBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.lru.hidden, x=x)
         u = self.norm(x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
         y = self.lru(u, state, return_state=return_state, cu_seqlens=cu_seqlens)

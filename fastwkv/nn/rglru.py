@@ -100,6 +100,7 @@ class RGLRU(nn.Module):
             ValueError: a shape or offset does not fit.
 
         """
+        checks.check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, x=x)
         check_carried(state, self.hidden, compute_dtypes(x, self.Lambda)[1], x, cu_seqlens)
         _check_starts("B T", segment_starts, x)
@@ -163,8 +164,7 @@ class RGLRU(nn.Module):
 def _check_starts(dims: str, segment_starts: Tensor | None, x: Tensor) -> None:
     if segment_starts is None:
         return
-    if not isinstance(segment_starts, Tensor):
-        raise TypeError(f"segment_starts must be a tensor, got {type(segment_starts).__name__}")
+    checks.check_dense(segment_starts=segment_starts)
     checks.check_dtype(torch.bool, "(True where a segment starts)", segment_starts=segment_starts)
     checks.check_shape(dims, tuple(x.shape[:-1]), segment_starts=segment_starts)
     checks.check_device(x=x, segment_starts=segment_starts)

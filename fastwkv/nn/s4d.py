@@ -17,6 +17,7 @@ from fastwkv.nn.recurrence import (
     compute_dtypes,
     least_decay,
 )
+from fastwkv.ops.checks import check_bool
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
 
@@ -102,6 +103,7 @@ class S4D(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts ``[B, T, H]``; arguments, results and errors are those of :meth:`LRU.forward`."""
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_state(state, u, cu_seqlens)
         a, x = self._discretised(u)
