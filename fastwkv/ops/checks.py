@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
-from torch.nn import Parameter
+from torch.nn.parameter import Parameter, UninitializedTensorMixin
 from torch.sparse import SparseSemiStructuredTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -14,6 +14,11 @@ FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 # All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
 
 _STRIDED = torch.strided
+_NOT_DENSE = (
+    MaskedTensor,
+    SparseSemiStructuredTensor,
+    UninitializedTensorMixin,
+)  # and none of them says so by its layout
 _OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # what people write as one number for all channels
 
 
@@ -55,7 +60,7 @@ def check_dense(**tensors: Tensor) -> None:
 def _check_kind(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{_instead(name, tensor)}")
-    if isinstance(tensor, (MaskedTensor, SparseSemiStructuredTensor)):
+    if isinstance(tensor, _NOT_DENSE):
         raise _not_dense(name, tensor)
 
 
@@ -111,6 +116,8 @@ def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
         check_rank(dims, **tokens)
         return False
     check_rank(f"{dims} pair", **tokens)
+    if not a.is_complex() and x.shape[-1] != 2:
+        check_rank(dims, **tokens)  # which it has not: nothing looks like pairs
     if not a.is_complex() or x.is_complex() or x.shape[-1] != 2:
         kind, pairs = "complex" if x.is_complex() else "real", _axes(f"{dims} 2")
         beside = "" if a.is_complex() else f" beside a real {name}"
