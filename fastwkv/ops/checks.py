@@ -5,7 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
-from torch.nn.parameter import Parameter, UninitializedTensorMixin
+from torch.nn import Parameter, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer
 from torch.sparse import SparseSemiStructuredTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -14,11 +15,8 @@ FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 # All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
 
 _STRIDED = torch.strided
-_NOT_DENSE = (
-    MaskedTensor,
-    SparseSemiStructuredTensor,
-    UninitializedTensorMixin,
-)  # and none of them says so by its layout
+# None of these says so by its layout.
+_NOT_DENSE = (MaskedTensor, SparseSemiStructuredTensor, UninitializedBuffer, UninitializedParameter)
 _OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # what people write as one number for all channels
 
 

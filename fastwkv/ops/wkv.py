@@ -107,15 +107,19 @@ def wkv(
 
     """
     checks.check_bool(return_state=return_state)
-    name, w = _given_rate(w, time_decay)
-    checks.check_floating(**{name: w}, u=u, k=k, v=v)
+    w = _given(w, time_decay)
+    if time_decay is None:
+        checks.check_floating(w=w, u=u, k=k, v=v)
+    else:
+        checks.check_floating(time_decay=time_decay, u=u, k=k, v=v)
     checks.check_rank("B T C", k=k)
     B, T, C = k.shape
     checks.check_shape("B T C", (B, T, C), v=v)
-    checks.check_shape("C", (C,), **{name: w}, u=u)
     checks.check_dtype(k.dtype, "like k", v=v)
     if time_decay is not None:
-        w = decay_rate(w, accumulation_dtype(w, u, k, v))
+        checks.check_shape("C", (C,), time_decay=time_decay)
+        w = decay_rate(time_decay, accumulation_dtype(time_decay, u, k, v))
+    checks.check_shape("C", (C,), w=w, u=u)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, B, T)
         checks.check_device(k=k, cu_seqlens=cu_seqlens)
@@ -158,16 +162,20 @@ def wkv_step(
         TypeError, ValueError: as :func:`wkv`.
 
     """
-    name, w = _given_rate(w, time_decay)
-    checks.check_floating(**{name: w}, u=u, k_t=k_t, v_t=v_t)
+    w = _given(w, time_decay)
+    if time_decay is None:
+        checks.check_floating(w=w, u=u, k_t=k_t, v_t=v_t)
+    else:
+        checks.check_floating(time_decay=time_decay, u=u, k_t=k_t, v_t=v_t)
     checks.check_rank("B C", k_t=k_t)
     B, C = k_t.shape
     checks.check_shape("B C", (B, C), v_t=v_t)
-    checks.check_shape("C", (C,), **{name: w}, u=u)
     checks.check_dtype(k_t.dtype, "like k_t", v_t=v_t)
-    _check_state(state, "B C", B, w, u, k_t, v_t)
     if time_decay is not None:
-        w = decay_rate(w, state.num.dtype)
+        checks.check_shape("C", (C,), time_decay=time_decay)
+        w = decay_rate(time_decay, accumulation_dtype(time_decay, u, k_t, v_t))
+    checks.check_shape("C", (C,), w=w, u=u)
+    _check_state(state, "B C", B, w, u, k_t, v_t)
     if differentiated([w, u, k_t, v_t, *state]):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
         return y[:, 0], final
@@ -176,11 +184,11 @@ def wkv_step(
     return y_t, WKVState(*final.unbind(0))
 
 
-def _given_rate(w: Tensor | None, time_decay: Tensor | None) -> tuple[str, Tensor]:
+def _given(w: Tensor | None, time_decay: Tensor | None) -> Tensor:
     if w is not None and time_decay is None:
-        return "w", w
+        return w
     if w is None and time_decay is not None:
-        return "time_decay", time_decay
+        return time_decay
     raise TypeError(f"give one of w and time_decay (w = exp(time_decay)), got {'neither' if w is None else 'both'}")
 
 
