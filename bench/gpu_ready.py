@@ -2,7 +2,7 @@
 
 Into build/gpu-ready, which goes to the machine with the GPU: the kernels of `gpu.py first`, compiled by the version of
 Triton that such machines have; the peers of the benchmarks; the commit. Triton itself, which stays here, is installed
-into build/gpu-env and nowhere else. Then `gpu.py first` is rehearsed. What is up to date is not made again.
+into build/gpu-env and nowhere else. Then both commands are rehearsed. What is up to date is not made again.
 """
 
 import os
@@ -21,6 +21,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = "3.6.0"  # of PyTorch 2.11, which the machines with GPUs have
 ENVIRONMENT = ROOT / "build" / "gpu-env"
+REHEARSAL = "1500"  # seconds for each command: four minutes on two idle cores, and nobody waits for a busy machine
 LARGEST = 64 << 20  # bytes of all that travels
 
 
@@ -68,13 +69,15 @@ def note_commit() -> str:
 
 
 def rehearse() -> str:
-    """Run the first command with interpreted kernels and tiny shapes."""
+    """Run both commands with interpreted kernels and tiny shapes."""
     stamp, code = ENVIRONMENT / "rehearsed", kernel_cache.code()
     if stamp.exists() and stamp.read_text() == code:
         return "of this code was right"
-    run("bench/gpu.py", "first", "--rehearse", "--out", str(ROOT / "build" / "gpu-rehearsal"), PYTHONPATH=str(ROOT))
+    for kind in ("first", "second"):
+        out = str(ROOT / "build" / f"gpu-rehearsal-{kind}")
+        run("bench/gpu.py", kind, "--rehearse", "--budget", REHEARSAL, "--out", out, PYTHONPATH=str(ROOT))
     stamp.write_text(code)
-    return "every step was reached"
+    return "every step of both commands did what it is for"
 
 
 STEPS: dict[str, Callable[[], str]] = {

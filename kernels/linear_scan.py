@@ -237,16 +237,16 @@ def linear_scan_fwd(
     grid = (B * chunks, -(-C // launch.block_c))
     numbers = (T, launch.chunk)
     kind = row_constants(launch, C, h.dtype, a.is_complex(), a.dim() == 1, log, reverse, edges is not None)
-    a, x, initial, h_out, final_out = as_parts(a, x, initial, h, final)
+    a_in, x_in, entry, h_out, final_out = as_parts(a, x, initial, h, final)
 
     carry = None
     if chunks > 1:
         summary, carry = summaries(B * chunks, C, final)
-        start(_linear_scan_fwd_kernel, grid, (a, x, initial, None, edges, None, summary), numbers, kind)
-        run_carry(initial, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=False)
-    start(_linear_scan_fwd_kernel, grid, (a, x, initial, carry, edges, h_out, final_out), numbers, kind)
+        start(_linear_scan_fwd_kernel, grid, (a_in, x_in, entry, None, edges, None, summary), numbers, kind)
+        run_carry(entry, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=False)
+    start(_linear_scan_fwd_kernel, grid, (a_in, x_in, entry, carry, edges, h_out, final_out), numbers, kind)
     if cu_seqlens is not None and edges is not None:
-        fill_idle_rows(cu_seqlens, edges, *as_columns(initial, final_out), reverse)
+        fill_idle_rows(cu_seqlens, edges, initial, final, reverse)
     return h, final
 
 
@@ -288,11 +288,6 @@ def row_constants(
 def as_parts(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return what the kernels take complex tensors as."""
     return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
-
-
-def as_columns(*parts: Tensor | None) -> list[Tensor | None]:
-    """Return rows of parts of complex numbers, ``[N, C, 2]``, as rows of real ones."""
-    return [t.flatten(1) if t is not None and t.dim() == 3 else t for t in parts]
 
 
 def summaries(chunks: int, C: int, like: Tensor) -> list[Tensor | None]:

@@ -23,7 +23,6 @@ from fastwkv.kernels.config import Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
 from fastwkv.kernels.linear_scan import (
-    as_columns,
     as_parts,
     edges_of,
     gate_of,
@@ -213,18 +212,18 @@ def linear_scan_bwd(
     grid = (B * chunks, -(-C // launch.block_c))
     numbers = (T, launch.chunk)
     kind = row_constants(launch, C, h.dtype, a.is_complex(), fixed, log, reverse, edges is not None, state_dtype)
-    a_in, h_in, gh, initial, gfinal = as_parts(a, h, gh, initial, gfinal)
+    a_in, h_in, gh, entry, gend = as_parts(a, h, gh, initial, gfinal)
     outputs = as_parts(ga, gx, None if initial is None else ginitial)
-    inputs = (a_in, h_in, gh, initial)
+    inputs = (a_in, h_in, gh, entry)
 
     carry = None
     if chunks > 1:
         summary, carry = summaries(B * chunks, C, ginitial)
-        start(_linear_scan_bwd_kernel, grid, (*inputs, None, edges, gfinal, None, None, summary), numbers, kind)
-        run_carry(gfinal, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
-    start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal, *outputs), numbers, kind)
+        start(_linear_scan_bwd_kernel, grid, (*inputs, None, edges, gend, None, None, summary), numbers, kind)
+        run_carry(gend, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
+    start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gend, *outputs), numbers, kind)
     if cu_seqlens is not None and edges is not None and initial is not None:
-        fill_idle_rows(cu_seqlens, edges, *as_columns(gfinal, outputs[2]), reverse)
+        fill_idle_rows(cu_seqlens, edges, gfinal, ginitial, reverse)
     if fixed:
         terms, ga = ga, torch.empty_like(a)
         parts = [torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (terms, ga)]

@@ -132,11 +132,13 @@ def _idle_rows_kernel(
 def fill_idle_rows(
     cu_seqlens: Tensor, edges: Tensor, source: Tensor | None, rows: Tensor, reverse: bool = False, state: bool = False
 ) -> None:
-    """Write the rows ``[..., N, C]`` of those sequences that no token writes.
+    """Write the rows ``[..., N, C]``, real or complex, of those sequences that no token writes.
 
     One that is empty has what it came with, its row of ``source``, or nothing: zeros, but for the exponent of a WKV
     ``state``. One whose tokens are not all there has NaN.
     """
+    if rows.is_complex():
+        rows, source = (None if t is None else torch.view_as_real(t).flatten(1) for t in (rows, source))
     N, C = rows.shape[-2:]
     kind = _constants(C, rows.numel() // (N * C), state, reverse)
     grid = (N, -(-C // ROW_BLOCK))

@@ -48,6 +48,7 @@ from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape, launch_for
 from fastwkv.kernels.packing import fill_idle_rows, has_row, is_end, packed_edges
 from fastwkv.kernels.wkv_carry import _wkv_carry_kernel, carry_constants
+from fastwkv.kernels.wkv_entry import entry_states
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
@@ -93,7 +94,7 @@ def _wkv_fwd_kernel(
     u_ptr,  # [C]
     k_ptr,  # [B, T, C]
     v_ptr,  # [B, T, C]
-    initial_ptr,  # [3, N, C], before every sequence; None: empty
+    initial_ptr,  # [4, N, C], before every sequence (wkv_entry.py); None: empty
     carry_ptr,  # [3, B * chunks, C], before every chunk; None: a chunk is a sequence, or a summary is wanted
     edge_ptr,  # int32 [T], 4 n + 2 (ends) + (starts): token t's sequence n, -1 for none (packing.py); None: not packed
     y_ptr,  # [B, T, C]; None: a summary is wanted, the state after each chunk from an empty one
@@ -208,6 +209,7 @@ def wkv_fwd(
     if cu_seqlens is not None and edges is None:
         edges = packed_edges(cu_seqlens, T)
     w, u = w.contiguous(), u.contiguous()
+    entry = None if initial is None else entry_states(w, u, k, initial, cu_seqlens)
     grid = (B * chunks, -(-C // launch.block_c))
     numbers = (N, T, launch.chunk)
     kind = row_constants(launch, C, acc, FORWARD_REGISTERS)
@@ -216,10 +218,10 @@ def wkv_fwd(
     if chunks > 1:
         # Not one tensor: were C odd, the number of chunks would decide whether its second half is aligned.
         summary, carry = (k.new_empty(3, B * chunks, C, dtype=acc) for _ in range(2))
-        start(_wkv_fwd_kernel, grid, (w, u, k, v, initial, None, edges, None, None, summary), numbers, kind)
-        start(_wkv_carry_kernel, (B, grid[1]), (w, initial, summary, edges, carry), numbers, carry_constants(launch, C))
+        start(_wkv_fwd_kernel, grid, (w, u, k, v, entry, None, edges, None, None, summary), numbers, kind)
+        start(_wkv_carry_kernel, (B, grid[1]), (w, entry, summary, edges, carry), numbers, carry_constants(launch, C))
     saved = checkpoints if save else None
-    start(_wkv_fwd_kernel, grid, (w, u, k, v, initial, carry, edges, y, saved, final), numbers, kind)
+    start(_wkv_fwd_kernel, grid, (w, u, k, v, entry, carry, edges, y, saved, final), numbers, kind)
     if cu_seqlens is not None and edges is not None:
         fill_idle_rows(cu_seqlens, edges, initial, final, state=True)
     return y, final, checkpoints

@@ -12,11 +12,13 @@ from fastwkv.kernels.launch import launch_for
 from fastwkv.kernels.packing import fill_idle_rows, has_row, is_start, packed_edges
 from fastwkv.kernels.row_sums import row_sums
 from fastwkv.kernels.wkv_carry import _wkv_bwd_carry_kernel, carry_constants
+from fastwkv.kernels.wkv_entry import entry_states
 from fastwkv.kernels.wkv_state import (
     absorb,
     at_least_tiny,
     enter,
     leave,
+    lifted,
     load_rate,
     load_state,
     row_constants,
@@ -130,7 +132,7 @@ def _wkv_bwd_kernel(
     v_ptr,  # [B, T, C]
     gy_ptr,  # [B, T, C]
     checkpoint_ptr,  # [B, 3 * blocks, C]
-    initial_ptr,  # [3, N, C], where packed sequences start; or None
+    initial_ptr,  # [4, N, C], before every sequence (wkv_entry.py); or None
     edge_ptr,  # int32 [T], or None
     gfinal_ptr,  # [2, N, C], (gm, gl) after every sequence; None: zero
     carry_ptr,  # [2, B * chunks, C], (gm, gl) after every chunk; None: a chunk is a sequence, or a summary is wanted
@@ -208,8 +210,9 @@ def _wkv_bwd_kernel(
         if (edge_ptr is not None) and (ginitial_ptr is not None):
             if is_start(edge):
                 at = ginitial_ptr + (edge >> 2).to(tl.int64) * C + c
-                tl.store(at, gm, mask=has_row(edge, in_c))
-                tl.store(at + field, gl, mask=has_row(edge, in_c))
+                lift_ptr = initial_ptr + 3 * field + (edge >> 2).to(tl.int64) * C + c
+                tl.store(at, lifted(gm, lift_ptr, has_row(edge, in_c)), mask=has_row(edge, in_c))
+                tl.store(at + field, lifted(gl, lift_ptr, has_row(edge, in_c)), mask=has_row(edge, in_c))
         stop = t + first
     start = origin + (ROWS * C) * tl.full([], 1, tl.int64) * whole
     checkpoint_ptr += tl.full([], 3 * C, tl.int64) * whole
@@ -240,8 +243,9 @@ def _wkv_bwd_kernel(
         tl.store(out_ptr + carry_field, gu, mask=in_c)
         if (ginitial_ptr is not None) and (edge_ptr is None):
             if begin == 0:
-                tl.store(ginitial_ptr + batch * C + c, gm, mask=in_c)
-                tl.store(ginitial_ptr + field + batch * C + c, gl, mask=in_c)
+                lift_ptr = initial_ptr + 3 * field + batch * C + c
+                tl.store(ginitial_ptr + batch * C + c, lifted(gm, lift_ptr, in_c), mask=in_c)
+                tl.store(ginitial_ptr + field + batch * C + c, lifted(gl, lift_ptr, in_c), mask=in_c)
 
 
 def wkv_bwd(
@@ -272,7 +276,8 @@ def wkv_bwd(
     grid = (B * chunks, -(-C // launch.block_c))
     numbers = (N, T, launch.chunk)
     kind = row_constants(launch, C, acc, BACKWARD_REGISTERS)
-    inputs = (*rates, k, v, gy, checkpoints, initial, edges, gfinal)
+    entry = None if initial is None else entry_states(*rates, k, initial, cu_seqlens)
+    inputs = (*rates, k, v, gy, checkpoints, entry, edges, gfinal)
 
     carry = None
     if chunks > 1:

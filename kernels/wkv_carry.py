@@ -15,7 +15,7 @@ from fastwkv.kernels.wkv_state import absorb, empty_state, load_rate, load_state
 @triton.jit(do_not_specialize=["N", "T", "chunk"])
 def _wkv_carry_kernel(
     w_ptr,  # [C]
-    initial_ptr,  # [3, N, C], or None
+    initial_ptr,  # [4, N, C] (wkv_entry.py), or None
     summary_ptr,  # [3, B * chunks, C]
     edge_ptr,  # int32 [T], or None
     carry_ptr,  # [3, B * chunks, C], written: the state before every chunk

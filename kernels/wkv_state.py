@@ -69,6 +69,23 @@ def weightless(num, den, p):
 
 
 @triton.jit
+def raised(num, den, p):
+    """Give a state whose sums are very small larger ones, and an exponent to match: den > 0 is 2^-62 at least."""
+    SMALL: tl.constexpr = 2.0**-512 if den.dtype == tl.float64 else 2.0**-64
+    LN_SMALL: tl.constexpr = 354.89135644669199 if den.dtype == tl.float64 else 44.361419555836499
+    small = (den > 0) & (den < SMALL)
+    lower, error = two_sum(p, tl.full(p.shape, -LN_SMALL, p.dtype))
+    factor = tl.where(tl.abs(error) < 1, tl.exp(error), 1.0) * (1 / SMALL)  # error is NaN where p is infinite
+    return tl.where(small, num * factor, num), tl.where(small, den * factor, den), tl.where(small, lower, p)
+
+
+@triton.jit
+def lifted(g, ptr, mask):
+    """Return the gradient of a sum of a state that was given, from that of its entry state, whose lift is here."""
+    return tl.where(g == 0, g, g * tl.exp(tl.load(ptr, mask=mask, other=0.0)))
+
+
+@triton.jit
 def load_state(ptr, field, mask):
     num = tl.load(ptr, mask=mask, other=0.0)
     den = tl.load(ptr + field, mask=mask, other=0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, negated, two_sum
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
-from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, weightless
+from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, raised, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
 REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27
@@ -94,7 +94,8 @@ def _wkv_step_kernel(
     num = tl.load(num_ptr + i, mask=inside, other=0.0)
     den = tl.load(den_ptr + i, mask=inside, other=0.0)
     p = tl.load(max_ptr + i, mask=inside, other=0.0)
-    num, den, p = weightless(num, den, p)
+    num, den, p = raised(*weightless(num, den, p))
+    p = tl.where((num == 0) & (den == 0), NO_PAST, p)  # an empty state weighs nothing, whatever its exponent
 
     gap, gap_low = two_sum(p, negated(k))
     d, d_low = two_sum(gap, negated(u))

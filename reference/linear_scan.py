@@ -6,10 +6,12 @@ Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.
 import torch
 from torch import Tensor
 
+from .wkv import required
+
 
 def linear_scan(
-    a: Tensor | None,
-    x: Tensor,
+    a: Tensor | None = None,
+    x: Tensor = required,
     initial_state: Tensor | None = None,
     *,
     log_a: Tensor | None = None,
@@ -49,7 +51,9 @@ def linear_scan(
     return (h, torch.cat(states)) if return_state else h
 
 
-def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: Tensor | None = None) -> Tensor:
+def linear_scan_step(
+    a_t: Tensor | None = None, x_t: Tensor = required, state: Tensor = required, *, log_a: Tensor | None = None
+) -> Tensor:
     """Return ``a_t state + x_t`` in the dtype of the state."""
     gate = a_t if log_a is None else log_a.to(torch.promote_types(log_a.dtype, torch.float32)).exp()
     assert gate is not None, "give a_t or log_a"

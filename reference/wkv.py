@@ -4,10 +4,12 @@ Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, equa
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+required: Any = None  # the default of an argument that must be given, but stands behind one that may be left out
 
 
 class WKVState(NamedTuple):
@@ -27,12 +29,13 @@ class WKVState(NamedTuple):
 
 
 def wkv(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
+    w: Tensor | None = None,
+    u: Tensor = required,
+    k: Tensor = required,
+    v: Tensor = required,
     initial_state: WKVState | None = None,
     *,
+    time_decay: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WKVState]:
@@ -42,21 +45,40 @@ def wkv(
     initial state takes part as one more token, of logarithm ``max - t w``. Shapes, dtypes and results are those of
     :func:`fastwkv.wkv`.
     """
+    w = _rate(w, time_decay, u, k, v)
     return _per_sequence(_wkv_definition, w, u, k, v, initial_state, return_state, cu_seqlens)
 
 
 def wkv_loop(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
+    w: Tensor | None = None,
+    u: Tensor = required,
+    k: Tensor = required,
+    v: Tensor = required,
     initial_state: WKVState | None = None,
     *,
+    time_decay: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WKVState]:
     """The same as :func:`wkv` in O(T): the state is carried from token to token and rescaled to its largest term."""
+    w = _rate(w, time_decay, u, k, v)
     return _per_sequence(_wkv_recurrence, w, u, k, v, initial_state, return_state, cu_seqlens)
+
+
+def _rate(w: Tensor | None, time_decay: Tensor | None, *others: Tensor) -> Tensor:
+    if time_decay is None:
+        assert w is not None, "give w or time_decay"
+        return w
+    assert w is None, "give w or time_decay, not both"
+    time_decay = time_decay.to(_dtype_of_sums(time_decay, *others))
+    # An infinite rate would have a gradient of 0 times infinity. The largest finite one forgets as much, and is fixed.
+    overflows = time_decay.exp() == torch.inf
+    rate = torch.where(overflows, 0, time_decay).exp()
+    return torch.where(overflows, torch.finfo(rate.dtype).max, rate)
+
+
+def _dtype_of_sums(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
 def _wkv_definition(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState) -> tuple[Tensor, WKVState]:
@@ -120,7 +142,7 @@ def _per_sequence(
     return_state: bool,
     cu_seqlens: Tensor | None,
 ) -> Tensor | tuple[Tensor, WKVState]:
-    dtype = torch.float64 if torch.float64 in {t.dtype for t in (w, u, k, v)} else torch.float32
+    dtype = _dtype_of_sums(w, u, k, v)
     w, u, keys, values = (t.to(dtype) for t in (w, u, k, v))
     bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     if initial_state is None:

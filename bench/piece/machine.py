@@ -50,8 +50,11 @@ def devices() -> list[dict[str, str]]:
     return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in done.stdout.splitlines()]
 
 
-def unpacked(cache: Path, folder: Path) -> dict[str, Any]:
-    """Unpack the kernels that were compiled beforehand into Triton's cache; return what of them is of use."""
+def unpacked(cache: Path, folder: Path, rehearse: bool = False) -> dict[str, Any]:
+    """Unpack the kernels that were compiled beforehand into Triton's cache; return what of them is of use.
+
+    In a rehearsal none needs to be: they are for the Triton of the machine with the GPU, and here none is started.
+    """
     began = time.monotonic()
     try:
         from ready import kernel_cache
@@ -62,6 +65,8 @@ def unpacked(cache: Path, folder: Path) -> dict[str, Any]:
     fit = kernel_cache.unpack(cache, folder)
     row = {"kernels": fit.kernels, "launchers": fit.launchers, "notes": list(fit.notes)}
     row["unpacking"] = time.monotonic() - began
+    if rehearse:
+        return row | {"notes": [*fit.notes, *fit.reasons]}
     return row | ({"error": "; ".join(fit.reasons)} if fit.reasons else {})
 
 
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="do without a GPU")
     args = parser.parse_args(arguments)
     if folder := os.environ.get("TRITON_CACHE_DIR"):  # first what others need
-        emit(what="cache", **unpacked(CACHE, Path(folder)))
+        emit(what="cache", **unpacked(CACHE, Path(folder), args.rehearse))
     emit(what="software", versions=versions(), tools=tools())
     found = devices()
     emit(what="device", devices=found, cores=os.cpu_count())

@@ -50,16 +50,16 @@ def linear_attention(
 
     """
     dtype = torch.promote_types(key.dtype, torch.float32)
-    w, u = time_decay.to(dtype).exp(), time_first.to(dtype)
+    decay, u = time_decay.to(dtype), time_first.to(dtype)
     value = value.to(key.dtype)
     before = None if state is None else WKVState(*(field.to(dtype) for field in state))
     if before is None and not return_state:
-        return wkv(w, u, key, value), None
+        return wkv(None, u, key, value, time_decay=decay), None
     if before is not None and key.shape[1] == 1:
-        y_t, after = wkv_step(w, u, key[:, 0], value[:, 0], before)
+        y_t, after = wkv_step(None, u, key[:, 0], value[:, 0], before, time_decay=decay)
         y = y_t[:, None]
     else:
-        y, after = wkv(w, u, key, value, before, return_state=True)
+        y, after = wkv(None, u, key, value, before, time_decay=decay, return_state=True)
     return y, list(after)
 
 

@@ -30,7 +30,8 @@ _SOURCES = ({"wkv_op.cpp", "wkv_cuda.cu"}, {"wkv_op_bf16.cpp", "wkv_cuda_bf16.cu
 def RUN_CUDA(B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """:func:`fastwkv.wkv` as the training code calls it: with ``time_decay`` as it is stored, and sizes in front.
 
-    The rate exp(w) is computed in float32, or float64 for a float64 w. Gradients reach w, u, k and v, in their dtypes.
+    The rate exp(w) is computed in float32, or float64 if any input is float64. Gradients reach w, u, k and v, in
+    their dtypes.
 
     Args:
         B, T, C: the sizes of k.
@@ -51,7 +52,8 @@ def RUN_CUDA(B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor)
     """
     checks.check_floating(w=w, u=u, k=k, v=v)
     checks.check_shape("B T C", (B, T, C), k=k, v=v)
-    return wkv(_wide(w).exp(), u, k, v)
+    checks.check_shape("C", (C,), w=w, u=u)
+    return wkv(None, u, k, v, time_decay=w)
 
 
 class WKVExtension:
@@ -91,7 +93,9 @@ class WKVExtension:
         gy, gw, gu, gk, gv = gradients[-5:]
         sequences = {"k": k, "v": v, "gy": gy, "gk": gk, "gv": gv}
         _check(B, T, C, {"C": {"w": w, "u": u}, "B C": {"gw": gw, "gu": gu}, "B T C": sequences})
-        rate = -_wide(w).repeat(B)
+        wide = -_wide(w)
+        wide = wide.clamp(max=torch.finfo(wide.dtype).max)  # of which 0, the gradient that far out, is 0 times
+        rate = wide.repeat(B)
         inputs = rate, _wide(u).repeat(B), _rows_as_channels(k), _rows_as_channels(v), None, None
         _, _, checkpoints = torch.ops.fastwkv.wkv_fwd(*inputs, True)
         results = torch.ops.fastwkv.wkv_bwd(*inputs, checkpoints, _rows_as_channels(gy), None)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fastwkv.nn.recurrence import (
     check_carried,
-    check_flags,
     check_sizes,
     check_tokens,
     complex_dtype,
@@ -20,6 +19,7 @@ from fastwkv.nn.recurrence import (
     least_decay,
     rounded_by_autocast,
 )
+from fastwkv.ops.checks import check_bool
 from fastwkv.ops.derivatives import in_forward_mode
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 from fastwkv.ops.linear_scan_products import scan_between_products
@@ -77,7 +77,7 @@ class LRU(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden=hidden, state=state)
-        check_flags(bidirectional=bidirectional)
+        check_bool(bidirectional=bidirectional)
         if not 0 <= r_min <= r_max <= 1 or r_max == 0 or r_min == 1:
             raise ValueError(f"the ring must be 0 <= r_min <= r_max <= 1 and within (0, 1), got [{r_min}, {r_max}]")
         if not 0 < max_phase < math.inf:
@@ -159,7 +159,7 @@ class LRU(nn.Module):
             ValueError: a shape or offset does not fit, or a state is given to or asked of a bidirectional layer.
 
         """
-        check_flags(return_state=return_state)
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastwkv.nn.lru import LRU
-from fastwkv.nn.recurrence import check_flags, check_tokens, in_wider_dtype
+from fastwkv.nn.recurrence import check_tokens, in_wider_dtype
+from fastwkv.ops.checks import check_bool
 
 
 class LRUBlock(nn.Module):
@@ -92,7 +93,7 @@ class LRUBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
-        check_flags(return_state=return_state)
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.lru.hidden, x=x)
         u = in_wider_dtype(self.norm, x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
         if not return_state:

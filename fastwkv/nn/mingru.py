@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastwkv.nn.recurrence import check_carried, check_flags, check_sizes, check_tokens, compute_dtypes
+from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, compute_dtypes
+from fastwkv.ops.checks import check_bool
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
 
@@ -42,7 +43,7 @@ class MinGRU(nn.Module):
         super().__init__()
         state = hidden if state is None else state
         check_sizes(hidden=hidden, state=state)
-        check_flags(positive=positive)
+        check_bool(positive=positive)
         self.hidden, self.state, self.positive = hidden, state, positive
         self.gate = nn.Linear(hidden, state)
         self.candidate = nn.Linear(hidden, state)
@@ -98,7 +99,7 @@ class MinGRU(nn.Module):
             ValueError: a shape or offset does not fit.
 
         """
-        check_flags(return_state=return_state)
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, x=x)
         check_carried(state, self.state, compute_dtypes(x, self.gate.weight)[1], x, cu_seqlens)
         log_a, gated = self._gated(x)

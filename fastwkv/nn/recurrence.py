@@ -18,13 +18,6 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def check_flags(**flags: bool) -> None:
-    """Each option is True or False: "no" would count as true."""
-    for name, flag in flags.items():
-        if flag is not True and flag is not False:
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
-
-
 def check_tokens(dims: str, width: int, **tokens: Tensor) -> None:
     """The input of a layer is real, with the axes ``dims``, of which the last has ``width`` channels."""
     for name, tensor in tokens.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastwkv.nn.recurrence import check_carried, check_flags, check_sizes, check_tokens, compute_dtypes
+from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, compute_dtypes
 from fastwkv.ops import checks
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
@@ -134,7 +134,7 @@ class RGLRU(nn.Module):
             ValueError: a shape or offset does not fit.
 
         """
-        check_flags(return_state=return_state)
+        checks.check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, x=x)
         check_carried(state, self.hidden, compute_dtypes(x, self.Lambda)[1], x, cu_seqlens)
         _check_starts("B T", segment_starts, x)
@@ -201,8 +201,7 @@ class RGLRU(nn.Module):
 def _check_starts(dims: str, segment_starts: Tensor | None, x: Tensor) -> None:
     if segment_starts is None:
         return
-    if not isinstance(segment_starts, Tensor):
-        raise TypeError(f"segment_starts must be a tensor, got {type(segment_starts).__name__}")
+    checks.check_dense(segment_starts=segment_starts)
     checks.check_dtype(torch.bool, "(True where a segment starts)", segment_starts=segment_starts)
     checks.check_shape(dims, tuple(x.shape[:-1]), segment_starts=segment_starts)
     checks.check_device(x=x, segment_starts=segment_starts)

@@ -26,7 +26,7 @@ class RWKV4TimeMix(nn.Module):
     With x'_t the mean ``μ x_t + (1 - μ) x_{t-1}``, μ of its own for each of r, k and v::
 
         r_t = W_r x'_t    k_t = W_k x'_t    v_t = W_v x'_t
-        y_t = W_o (σ(r_t) ⊙ wkv_t),   where wkv = fastwkv.wkv(exp(time_decay), time_first, k, v)
+        y_t = W_o (σ(r_t) ⊙ wkv_t),   where wkv = fastwkv.wkv(None, time_first, k, v, time_decay=time_decay)
 
     The rate exp(time_decay) is computed in float32 (float64 in a float64 model).
 
@@ -92,12 +92,11 @@ class RWKV4TimeMix(nn.Module):
         r = self.receptance(torch.lerp(previous, x, self.time_mix_receptance))
         k = self.key(torch.lerp(previous, x, self.time_mix_key))
         v = self.value(torch.lerp(previous, x, self.time_mix_value))
-        dtype = wkv_dtype(self.time_decay)
-        w, u = self.time_decay.to(dtype).exp(), self.time_first.to(dtype)
+        u, decay = self.time_first, self.time_decay
         if x.dim() == 2:
-            y, wkv_state = wkv_step(w, u, k, v, wkv_state)
+            y, wkv_state = wkv_step(None, u, k, v, wkv_state, time_decay=decay)
         else:
-            y, wkv_state = wkv(w, u, k, v, wkv_state, return_state=True, cu_seqlens=cu_seqlens)
+            y, wkv_state = wkv(None, u, k, v, wkv_state, time_decay=decay, return_state=True, cu_seqlens=cu_seqlens)
         return self.output(torch.sigmoid(r) * y), (_last(x, x_before, cu_seqlens), wkv_state)
 
     if TYPE_CHECKING:

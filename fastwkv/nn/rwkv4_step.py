@@ -17,6 +17,7 @@ from torch.nn.modules import module as hooks
 from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.state import RWKV4State
 from fastwkv.ops.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_step_gated_
+from fastwkv.ops.time_decay import decay_rate
 
 if TYPE_CHECKING:
     from fastwkv.nn.rwkv4 import RWKV4
@@ -102,7 +103,7 @@ def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
     """
     blocks = list(cast("Iterable[RWKV4Block]", model.blocks))
     decays = [cast("Any", block._modules["attention"])._parameters["time_decay"] for block in blocks]
-    rates = torch.stack(decays).to(state.wkv.num.dtype).exp()
+    rates = decay_rate(torch.stack(decays), state.wkv.num.dtype)
     x: Tensor = model.embeddings(tokens)
     for block, w, block_state in zip(blocks, rates, state.unbind(), strict=True):
         x = _block(block, x, w, block_state)

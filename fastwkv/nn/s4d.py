@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fastwkv.nn.recurrence import (
     check_carried,
-    check_flags,
     check_sizes,
     check_tokens,
     complex_dtype,
     compute_dtypes,
     least_decay,
 )
+from fastwkv.ops.checks import check_bool
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
 
@@ -123,7 +123,7 @@ class S4D(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole texts ``[B, T, H]``; arguments, results and errors are those of :meth:`LRU.forward`."""
-        check_flags(return_state=return_state)
+        check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_state(state, u, cu_seqlens)
         a, x = self._discretised(u)

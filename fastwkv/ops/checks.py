@@ -5,6 +5,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.nn import Parameter, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer
+from torch.sparse import SparseSemiStructuredTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
@@ -14,25 +18,72 @@ CHECK_OFFSETS_ON_DEVICE = os.environ.get("FASTWKV_CHECK_OFFSETS", "0") not in ("
 
 # All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
 
+_STRIDED = torch.strided
+# None of these says so by its layout.
+_NOT_DENSE = (MaskedTensor, SparseSemiStructuredTensor, UninitializedBuffer, UninitializedParameter)
+_OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # what people write as one number for all channels
+
 
 def check_floating(**tensors: Tensor) -> None:
-    """Each argument is a real floating-point tensor, all on one device."""
+    """Each argument is a real floating-point tensor with a number at every place in memory, all on one device."""
     _check_dtype_among(FLOATING, tensors)
 
 
 def check_floating_or_complex(**tensors: Tensor) -> None:
-    """Each argument is a real or complex floating-point tensor, all on one device."""
+    """Each argument is a real or complex floating-point tensor, likewise, all on one device."""
     _check_dtype_among(FLOATING_OR_COMPLEX, tensors)
 
 
 def _check_dtype_among(dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tensor]) -> None:
+    device = None
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            _check_kind(name, tensor)
+        if tensor.layout is not _STRIDED:
+            raise _not_dense(name, tensor)
         if tensor.dtype not in dtypes:
             *most, last = map(_short, dtypes)
             raise TypeError(f"{name} must be {', '.join(most)} or {last}, got {_short(tensor.dtype)}")
-    check_device(**tensors)
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            check_device(**tensors)
+
+
+def check_dense(**tensors: Tensor) -> None:
+    """Each argument is a tensor with a number at every place in memory: not sparse, nested, masked or MKL-DNN's."""
+    for name, tensor in tensors.items():
+        _check_kind(name, tensor)
+        if tensor.layout is not _STRIDED or tensor.is_nested:
+            raise _not_dense(name, tensor)
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{_instead(name, tensor)}")
+    if isinstance(tensor, _NOT_DENSE):
+        raise _not_dense(name, tensor)
+
+
+def _instead(name: str, value: object) -> str:
+    """Return how to make a tensor of what was given, where that is plain."""
+    if isinstance(value, (int, float, complex)) and name in _OF_CHANNELS:
+        return f"; torch.full((C,), {value}) is one for all C channels"
+    return "; torch.from_numpy makes one" if type(value).__name__ == "ndarray" else ""
+
+
+def _not_dense(name: str, tensor: Tensor) -> TypeError:
+    what = type(tensor).__name__ if tensor.layout is _STRIDED else f"one of layout {tensor.layout}"
+    what = "a nested one" if tensor.is_nested else what
+    return TypeError(f"{name} must be a dense tensor (of layout torch.strided), got {what}")
+
+
+def check_bool(**flags: bool) -> None:
+    """Each argument is True or False, and nothing that merely counts as one of them."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
 
 
 def check_device(**tensors: Tensor) -> None:
@@ -49,34 +100,58 @@ def check_device(**tensors: Tensor) -> None:
 def check_rank(dims: str, **tensors: Tensor) -> None:
     """Each argument has one axis for each name in ``dims``, such as "B T C", and no axis is empty."""
     for name, tensor in tensors.items():
-        if tensor.dim() != dims.count(" ") + 1:
-            raise ValueError(f"{name} must be [{', '.join(dims.split())}], got shape {_shape(tensor)}")
-        if 0 in tensor.shape:
-            dim = dims.split()[tensor.shape.index(0)]
+        try:
+            shape = tensor.shape
+        except RuntimeError:  # a nested tensor whose layout passes for strided has none
+            raise _not_dense(name, tensor) from None
+        if len(shape) != dims.count(" ") + 1:
+            raise ValueError(f"{name} must be {_axes(dims)}, got shape {_shape(tensor)}")
+        if 0 in shape:
+            dim = dims.split()[shape.index(0)]
             raise ValueError(f"{name} is empty: {dim} must be at least 1, got shape {_shape(tensor)}")
 
 
 def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
     """Check the rank of x and return whether it holds complex numbers as pairs, as it may where a is complex."""
     ((variable, x),) = tokens.items()
-    if not a.is_complex() or x.dim() != dims.count(" ") + 2:
+    if x.dim() != dims.count(" ") + 2:
         check_rank(dims, **tokens)
         return False
-    if x.is_complex() or x.shape[-1] != 2:
-        shape, kind = dims.replace(" ", ", "), "complex" if x.is_complex() else "real"
-        raise ValueError(
-            f"{variable} must be [{shape}], or real pairs [{shape}, 2] beside a complex {name}, got a {kind} tensor of"
-            f" shape {list(x.shape)}"
-        )
     check_rank(f"{dims} pair", **tokens)
+    if not a.is_complex() and x.shape[-1] != 2:
+        check_rank(dims, **tokens)  # which it has not: nothing looks like pairs
+    if not a.is_complex() or x.is_complex() or x.shape[-1] != 2:
+        kind, pairs = "complex" if x.is_complex() else "real", _axes(f"{dims} 2")
+        beside = "" if a.is_complex() else f" beside a real {name}"
+        raise ValueError(
+            f"{variable} must be {_axes(dims)}, or real pairs {pairs} beside a complex {name}, got a {kind} tensor of"
+            f" shape {_shape(x)}{beside}"
+        )
     return True
 
 
 def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
     """Each argument has exactly this shape; ``dims`` names its axes in the message."""
     for name, tensor in tensors.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be [{', '.join(dims.split())}] = {list(shape)}, got shape {_shape(tensor)}")
+        try:
+            fits = tensor.shape == shape
+        except RuntimeError:  # a nested tensor whose layout passes for strided has none
+            raise _not_dense(name, tensor) from None
+        if not fits:
+            raise ValueError(f"{name} must be {_axes(dims)} = {list(shape)}, got shape {_shape(tensor)}")
+
+
+def check_multiplier(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """Each argument has exactly this shape, or only its last axis, the channels."""
+    for name, tensor in tensors.items():
+        try:
+            given = tensor.shape
+        except RuntimeError:  # a nested tensor whose layout passes for strided has none
+            raise _not_dense(name, tensor) from None
+        if given != (shape[-1:] if len(given) == 1 else shape):
+            ways = [f"[C] = {list(shape[-1:])}", f"{_axes(dims)} = {list(shape)}"]
+            wanted = {1: ways[:1], len(shape): ways[1:]}.get(len(given), ways)
+            raise ValueError(f"{name} must be {' or '.join(wanted)}, got shape {_shape(tensor)}")
 
 
 def check_dtype(dtype: torch.dtype, why: str, **tensors: Tensor) -> None:
@@ -93,8 +168,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     the rule do not cover is NaN (kernels/packing.py), and with ``FASTWKV_CHECK_OFFSETS=1`` in the environment the
     device asserts the rule.
     """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    check_dense(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {_short(cu_seqlens.dtype)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -111,6 +185,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
             raise ValueError(
                 f"cu_seqlens must run from 0 to T = {length} without decreasing, got {_abbreviated(offsets)}"
             )
+
+
+def _axes(dims: str) -> str:
+    return f"[{dims.replace(' ', ', ')}]"
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -10,12 +10,13 @@ from fastwkv.ops import checks, linear_scan_registration  # noqa: F401 (register
 from fastwkv.ops.derivatives import apply, differentiated, differentiated_again, in_forward_mode
 from fastwkv.ops.linear_scan_derivatives import Composed
 from fastwkv.ops.packing import edges_of
+from fastwkv.reference.wkv import required
 
 
 @overload
 def linear_scan(
-    a: Tensor | None,
-    x: Tensor,
+    a: Tensor | None = None,
+    x: Tensor = ...,
     initial_state: Tensor | None = None,
     *,
     log_a: Tensor | None = None,
@@ -27,8 +28,8 @@ def linear_scan(
 
 @overload
 def linear_scan(
-    a: Tensor | None,
-    x: Tensor,
+    a: Tensor | None = None,
+    x: Tensor = ...,
     initial_state: Tensor | None = None,
     *,
     log_a: Tensor | None = None,
@@ -38,9 +39,22 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
 def linear_scan(
-    a: Tensor | None,
-    x: Tensor,
+    a: Tensor | None = None,
+    x: Tensor = ...,
+    initial_state: Tensor | None = None,
+    *,
+    log_a: Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_scan(
+    a: Tensor | None = None,
+    x: Tensor = required,
     initial_state: Tensor | None = None,
     *,
     log_a: Tensor | None = None,
@@ -65,8 +79,8 @@ def linear_scan(
     convention (the gradient is that of the conjugate), and a real x gets the real part.
 
     Args:
-        a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None if ``log_a`` is
-            given.
+        a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None, or left out, if
+            ``log_a`` is given: ``linear_scan(x=x, log_a=log_a)``.
         x: ``[B, T, C]``. T and C need not be multiples of anything. Beside a complex multiplier x may hold real and
             imaginary parts as pairs, ``[B, T, C, 2]`` of a real dtype: complex numbers in 16 bits a part, at half of
             complex64's memory traffic. On the CPU pairs of 16 bits are converted to complex64 and back.
@@ -88,18 +102,19 @@ def linear_scan(
         dtype; with ``return_state`` also the final state, which is complex beside pairs.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype that is not listed here; or not one of a and log_a is given.
+        TypeError: an argument is no dense tensor, of a dtype that is not listed here, or no bool; or not one of a and
+            log_a is given.
         ValueError: a shape, device or offset does not fit the others.
 
     Source: "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, section 3.2.
 
     """
+    checks.check_bool(reverse=reverse, return_state=return_state)
     name, a, log = _multiplier("a", a, log_a)
     checks.check_floating_or_complex(**{name: a}, x=x)
     pairs = checks.are_pairs("B T C", name, a, x=x)
     B, T, C = x.shape[:3]
-    dims, shape = ("C", (C,)) if a.dim() == 1 else ("B T C", (B, T, C))
-    checks.check_shape(dims, shape, **{name: a})
+    checks.check_multiplier("B T C", (B, T, C), **{name: a})
     state_dtype = scan_dtypes(a, x)[1]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, B, T)
@@ -128,11 +143,13 @@ def linear_scan(
     return (h, final) if return_state else h
 
 
-def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: Tensor | None = None) -> Tensor:
+def linear_scan_step(
+    a_t: Tensor | None = None, x_t: Tensor = required, state: Tensor = required, *, log_a: Tensor | None = None
+) -> Tensor:
     """One token of :func:`linear_scan`: ``h_t = a_t h_{t-1} + x_t``.
 
     Args:
-        a_t: ``[C]`` or ``[B, C]``, the multiplier of this token. None if ``log_a`` is given.
+        a_t: ``[C]`` or ``[B, C]``, the multiplier of this token. None, or left out, if ``log_a`` is given.
         x_t: ``[B, C]``, or pairs ``[B, C, 2]``.
         state: h_{t-1}, ``[B, C]``, of the dtype of :func:`linear_scan`'s states.
         log_a: ``[C]`` or ``[B, C]``, the multiplier as ``a_t = exp(log_a)``.
@@ -148,8 +165,7 @@ def linear_scan_step(a_t: Tensor | None, x_t: Tensor, state: Tensor, *, log_a: T
     checks.check_floating_or_complex(**{name: a}, x_t=x_t)
     pairs = checks.are_pairs("B C", name, a, x_t=x_t)
     B, C = x_t.shape[:2]
-    dims, shape = ("C", (C,)) if a.dim() == 1 else ("B C", (B, C))
-    checks.check_shape(dims, shape, **{name: a})
+    checks.check_multiplier("B C", (B, C), **{name: a})
     state_dtype = torch.promote_types(torch.promote_types(a.dtype, x_t.dtype), torch.float32)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
     if pairs and (x_t.dtype.itemsize > 2 or differentiated([a, x_t, state])):

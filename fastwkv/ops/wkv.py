@@ -1,26 +1,27 @@
-"""WKV: the public function, its autograd and its registration."""
+"""WKV: the public function and its autograd."""
 
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
-from fastwkv.ops import checks
+from fastwkv.kernels.launch import accumulation_dtype
+from fastwkv.ops import checks, wkv_registration  # noqa: F401 (registers what is called below)
 from fastwkv.ops.derivatives import apply, differentiated, differentiated_again
-from fastwkv.ops.library import register
 from fastwkv.ops.packing import edges_of
-from fastwkv.reference.wkv import WKVState
+from fastwkv.ops.time_decay import decay_rate
+from fastwkv.reference.wkv import WKVState, required
 
 
 @overload
 def wkv(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
+    w: Tensor | None = None,
+    u: Tensor = ...,
+    k: Tensor = ...,
+    v: Tensor = ...,
     initial_state: WKVState | None = None,
     *,
+    time_decay: Tensor | None = None,
     return_state: Literal[False] = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor: ...
@@ -28,24 +29,40 @@ def wkv(
 
 @overload
 def wkv(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
+    w: Tensor | None = None,
+    u: Tensor = ...,
+    k: Tensor = ...,
+    v: Tensor = ...,
     initial_state: WKVState | None = None,
     *,
+    time_decay: Tensor | None = None,
     return_state: Literal[True],
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, WKVState]: ...
 
 
+@overload
 def wkv(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
+    w: Tensor | None = None,
+    u: Tensor = ...,
+    k: Tensor = ...,
+    v: Tensor = ...,
     initial_state: WKVState | None = None,
     *,
+    time_decay: Tensor | None = None,
+    return_state: bool,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, WKVState]: ...
+
+
+def wkv(
+    w: Tensor | None = None,
+    u: Tensor = required,
+    k: Tensor = required,
+    v: Tensor = required,
+    initial_state: WKVState | None = None,
+    *,
+    time_decay: Tensor | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WKVState]:
@@ -62,35 +79,47 @@ def wkv(
     v and the initial state, from y and from the final state; a second derivative is not supported.
 
     Args:
-        w: ``[C]``, decay rate in nats a step; any finite value. Checkpoints that store ``time_decay`` have
-            ``w = exp(time_decay)``.
+        w: ``[C]``, decay rate in nats a step; any finite value. What checkpoints store is its logarithm, and is not to
+            be given here: see ``time_decay``. None, or left out, if that is given.
         u: ``[C]``, bonus of the current token.
         k: ``[B, T, C]``, keys. T and C need not be multiples of anything.
         v: ``[B, T, C]``, values, of the dtype of k.
         initial_state: state before the first token; empty if None. One row a sequence: ``[B, C]``, or ``[N, C]``
             with ``cu_seqlens``.
+        time_decay: ``[C]``, the decay rate as ``w = exp(time_decay)``, which is how RWKV-4 stores it:
+            ``wkv(u=u, k=k, v=v, time_decay=time_decay)``. The exponential is taken in the dtype of the sums. -inf makes
+            w = 0; where w would overflow, nothing is left of the past, and the gradient is 0.
         return_state: return the state after the last token of every sequence too.
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
             tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``.
 
-    Each of w, u and k with v may be float32, float64, bfloat16 or float16.
+    Each of w (or time_decay), u and k with v may be float32, float64, bfloat16 or float16.
 
     Returns:
         y ``[B, T, C]`` of the dtype of v; with ``return_state`` also the final :class:`WKVState`.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype that is not listed here.
+        TypeError: an argument is no dense tensor, of a dtype that is not listed here, or no bool; or not one of w and
+            time_decay is given.
         ValueError: a shape, device or offset does not fit the others.
 
     Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, equation 16.
 
     """
-    checks.check_floating(w=w, u=u, k=k, v=v)
+    checks.check_bool(return_state=return_state)
+    w = _given(w, time_decay)
+    if time_decay is None:
+        checks.check_floating(w=w, u=u, k=k, v=v)
+    else:
+        checks.check_floating(time_decay=time_decay, u=u, k=k, v=v)
     checks.check_rank("B T C", k=k)
     B, T, C = k.shape
     checks.check_shape("B T C", (B, T, C), v=v)
-    checks.check_shape("C", (C,), w=w, u=u)
     checks.check_dtype(k.dtype, "like k", v=v)
+    if time_decay is not None:
+        checks.check_shape("C", (C,), time_decay=time_decay)
+        w = decay_rate(time_decay, accumulation_dtype(time_decay, u, k, v))
+    checks.check_shape("C", (C,), w=w, u=u)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, B, T)
         checks.check_device(k=k, cu_seqlens=cu_seqlens)
@@ -109,24 +138,43 @@ def wkv(
     return (y, WKVState(*final.unbind(0))) if return_state else y
 
 
-def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) -> tuple[Tensor, WKVState]:
+def wkv_step(
+    w: Tensor | None = None,
+    u: Tensor = required,
+    k_t: Tensor = required,
+    v_t: Tensor = required,
+    state: WKVState = required,
+    *,
+    time_decay: Tensor | None = None,
+) -> tuple[Tensor, WKVState]:
     """One token of :func:`wkv`: the same numbers, for text that arrives a token at a time.
 
     Args:
         w, u: ``[C]``, as in :func:`wkv`.
         k_t, v_t: ``[B, C]``, key and value of this token.
         state: what came before, ``[B, C]`` a field.
+        time_decay: ``[C]``, in the place of w, as in :func:`wkv`.
 
     Returns:
         y_t ``[B, C]`` of the dtype of v_t, and the state after this token.
 
+    Raises:
+        TypeError, ValueError: as :func:`wkv`.
+
     """
-    checks.check_floating(w=w, u=u, k_t=k_t, v_t=v_t)
+    w = _given(w, time_decay)
+    if time_decay is None:
+        checks.check_floating(w=w, u=u, k_t=k_t, v_t=v_t)
+    else:
+        checks.check_floating(time_decay=time_decay, u=u, k_t=k_t, v_t=v_t)
     checks.check_rank("B C", k_t=k_t)
     B, C = k_t.shape
     checks.check_shape("B C", (B, C), v_t=v_t)
-    checks.check_shape("C", (C,), w=w, u=u)
     checks.check_dtype(k_t.dtype, "like k_t", v_t=v_t)
+    if time_decay is not None:
+        checks.check_shape("C", (C,), time_decay=time_decay)
+        w = decay_rate(time_decay, accumulation_dtype(time_decay, u, k_t, v_t))
+    checks.check_shape("C", (C,), w=w, u=u)
     _check_state(state, "B C", B, w, u, k_t, v_t)
     if differentiated([w, u, k_t, v_t, *state]):
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
@@ -134,6 +182,14 @@ def wkv_step(w: Tensor, u: Tensor, k_t: Tensor, v_t: Tensor, state: WKVState) ->
     k_t, v_t, num, den, scale = (t.contiguous() for t in (k_t, v_t, *state))
     y_t, final = torch.ops.fastwkv.wkv_step(w, u, k_t, v_t, num, den, scale)
     return y_t, WKVState(*final.unbind(0))
+
+
+def _given(w: Tensor | None, time_decay: Tensor | None) -> Tensor:
+    if w is not None and time_decay is None:
+        return w
+    if w is None and time_decay is not None:
+        return time_decay
+    raise TypeError(f"give one of w and time_decay (w = exp(time_decay)), got {'neither' if w is None else 'both'}")
 
 
 class WKV(torch.autograd.Function):
@@ -224,61 +280,3 @@ def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k:
     checks.check_shape(dims, (rows, k.shape[-1]), num=num, den=den, max=scale)
     dtype = accumulation_dtype(w, u, k, v)
     checks.check_dtype(dtype, "(states are float32, float64 beside a float64 input)", num=num, den=den, max=scale)
-
-
-def _wkv_fwd_fake(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    edges: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = accumulation_dtype(w, u, k, v)
-    checkpoints = k.new_empty(checkpoint_shape(B, T, C, dtype) if save else (0,), dtype=dtype)
-    return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
-
-
-def _wkv_bwd_fake(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor,
-    gfinal: Tensor | None,
-    edges: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    ginitial = checkpoints.new_empty(0) if initial is None else initial.new_empty(2, *initial.shape[1:])
-    return torch.empty_like(w), torch.empty_like(u), torch.empty_like(k), torch.empty_like(v), ginitial
-
-
-def _wkv_step_fake(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, num: Tensor, den: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), num.new_empty((3, *num.shape))
-
-
-register(
-    "wkv_fwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, bool save,"
-    " Tensor? edges=None) -> (Tensor, Tensor, Tensor)",
-    "wkv",
-    _wkv_fwd_fake,
-)
-register(
-    "wkv_bwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, Tensor checkpoints,"
-    " Tensor gy, Tensor? gfinal, Tensor? edges=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "wkv_bwd",
-    _wkv_bwd_fake,
-)
-register(
-    "wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor num, Tensor den, Tensor max) -> (Tensor, Tensor)",
-    "wkv_step",
-    _wkv_step_fake,
-)

@@ -28,6 +28,7 @@ from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bo
 from fastwkv.kernels.cpu.numerics import TAGS, exp, kernel, load, prefetch, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
 from fastwkv.kernels.cpu.wkv_bwd import wkv_bwd
+from fastwkv.kernels.cpu.wkv_entry import entry_states
 from fastwkv.kernels.cpu.wkv_state import (
     add,
     empty_state,
@@ -131,7 +132,8 @@ def wkv_fwd(
     bounds = sequence_bounds(T, cu_seqlens)
     N = B * (len(bounds) - 1)
     w, u = w.to(dtype).contiguous(), u.to(dtype).contiguous()
-    initial = None if initial is None else initial.contiguous()
+    if initial is not None:
+        initial = entry_states(w, u, k, initial, bounds)[0].contiguous()
     y, final = torch.empty_like(v), k.new_empty((3, N, C), dtype=dtype)
     checkpoints = k.new_empty(checkpoint_shape(B, T, C, dtype) if save else (0,), dtype=dtype)
     pointers = addresses(w, u, k, v, y, initial, final, checkpoints if save else None)

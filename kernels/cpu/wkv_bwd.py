@@ -25,6 +25,7 @@ from torch import Tensor
 from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, prefetch, splat, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
+from fastwkv.kernels.cpu.wkv_entry import entry_states, with_lift
 from fastwkv.kernels.cpu.wkv_state import add, empty_state, load_packed, load_w, locate, tokens_kept
 from fastwkv.kernels.launch import accumulation_dtype
 
@@ -203,6 +204,9 @@ def wkv_bwd(
     bounds = sequence_bounds(T, cu_seqlens)
     N = B * (len(bounds) - 1)
     rates, bonus = w.to(dtype).contiguous(), u.to(dtype).contiguous()
+    lift = None
+    if initial is not None:
+        initial, lift = entry_states(rates, bonus, k, initial, bounds)
     gy, checkpoints = gy.contiguous(), checkpoints.contiguous()
     initial, gfinal = (None if t is None else t.contiguous() for t in (initial, gfinal))
     gwu, gk, gv = k.new_empty((2, N, C), dtype=dtype), torch.empty_like(k), torch.empty_like(v)
@@ -213,4 +217,4 @@ def wkv_bwd(
     run(lambda work: _wkv_bwd_kernel(*pointers, *fixed, work, *tags), N, C, k.numel(), dtype)
     # numpy adds the sequences one after the other, whatever the number of threads.
     gw, gu = (torch.from_numpy(g.numpy().sum(0, dtype=np.float64)) for g in gwu)
-    return gw.to(w.dtype), gu.to(u.dtype), gk, gv, ginitial
+    return gw.to(w.dtype), gu.to(u.dtype), gk, gv, with_lift(ginitial, lift)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
-from fastwkv.kernels.cpu.wkv_state import add, load_state, load_w, locate, ratio, rounded, store_packed
+from fastwkv.kernels.cpu.wkv_state import LOWEST, add, load_state, load_w, locate, ratio, rounded, store_packed
 
 # Scales are moved, and tokens heavier than the past added to it, up to e^64 = 6e27.
 REACH = 64.0
@@ -25,6 +25,7 @@ MODERATE = 1e6
 FINE = 2.0**-7
 # Bounds of what is moved, far enough from overflow for the next tokens.
 LARGEST, SMALLEST = 1e30, 1e-30
+LN_2 = 0.6931471805599453
 ONE_TOKEN = np.array((0, 1))
 
 
@@ -43,6 +44,19 @@ def _weight(d, low, v):
     near = select(absolute(v) < MODERATE, d, select(d >= 0.0, d, -2.0 * REACH)) >= -REACH
     E = exp(select(near, 0.0 - d, d))
     return near, fma(E, select(near, 0.0 - low, low), E)
+
+
+@inlined
+def _weighed(num, den, scale, sums):
+    """Return a state whose exponent says what it weighs: very small sums are made larger, and where they are 0 it is
+    the lowest there is. kernels/wkv_entry.py says why.
+    """
+    digits = 64 if sums.itemsize == 4 else 512
+    few = select(den > 0.0, den, 1.0) < 0.5**digits
+    lower, rest = _difference(scale, digits * LN_2)
+    num, den = select(few, fma(rest, num, num) * 2.0**digits, num), select(few, fma(rest, den, den) * 2.0**digits, den)
+    scale = select(absolute(num) + absolute(den) == 0.0, LOWEST, scale)
+    return num, den, select(few, lower, scale)
 
 
 @kernel
@@ -73,7 +87,7 @@ def _wkv_step_kernel(
             index = n * C + c
             w, u = load_w(w_ptr, c, sums), load(u_ptr, c, sums)
             k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-            num, den, scale = load_state(num_ptr, den_ptr, max_ptr, index, sums)
+            num, den, scale = _weighed(*load_state(num_ptr, den_ptr, max_ptr, index, sums), sums)
             gap, gap_low = _difference(scale, k)
             d, low = _difference(gap, u)
             near, E = _weight(d, gap_low + low, v)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from bench_scripts import ROOT, assert_refused, load
 
-gpu, commands, plan, profile, memcheck, machine = map(
-    load, ("gpu", "piece.commands", "piece.plan", "piece.profile", "piece.memcheck", "piece.machine")
+gpu, commands, plan, profile, memcheck, machine, kernel_cache = map(
+    load,
+    ("gpu", "piece.commands", "piece.plan", "piece.profile", "piece.memcheck", "piece.machine", "ready.kernel_cache"),
 )
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 
@@ -136,6 +137,17 @@ def test_what_the_sanitizer_finds_becomes_rows(capsys: Any) -> None:
     first, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (first["case"], first["error"]) == ("T=1 C=3", "Invalid __global__ read of size 4 bytes")
     assert (last["errors"], last["last"]) == (1, "T=1 C=3")
+
+
+def test_kernels_for_another_machine_are_no_failure_of_a_rehearsal(tmp_path: Path, monkeypatch: Any) -> None:
+    fit = kernel_cache.Fit(reasons=("made with Triton 3.6.0, here is 3.9.0",))
+    monkeypatch.setattr(kernel_cache, "unpack", lambda *_: fit)
+    (tmp_path / "cache.tar.xz").touch()
+    row = machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)
+    assert row["error"] == "made with Triton 3.6.0, here is 3.9.0"
+    row = machine.unpacked(tmp_path / "cache.tar.xz", tmp_path, rehearse=True)
+    assert "error" not in row
+    assert row["notes"] == ["made with Triton 3.6.0, here is 3.9.0"]
 
 
 def test_missing_tools_and_cache_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

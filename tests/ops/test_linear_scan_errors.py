@@ -44,7 +44,11 @@ CASES = {
     "no channels": ({"x": torch.zeros(2, T, 0)}, ValueError, "x is empty: C must be at least 1"),
     "no batch": ({"x": torch.zeros(0, T, C)}, ValueError, "x is empty: B must be at least 1"),
     "a unlike x": ({"a": torch.zeros(2, T + 1, C)}, ValueError, r"a must be \[B, T, C\] = \[2, 6, 4\], got"),
-    "a of another rank": ({"a": torch.zeros(T, C)}, ValueError, r"a must be \[B, T, C\] = \[2, 6, 4\], got shape"),
+    "a of another rank": (
+        {"a": torch.zeros(T, C)},
+        ValueError,
+        r"a must be \[C\] = \[4\] or \[B, T, C\] = \[2, 6, 4\]",
+    ),
     "fixed a of another size": ({"a": torch.ones(C + 1)}, ValueError, r"a must be \[C\] = \[4\], got shape \[5\]"),
     "log_a of another size": (
         {"a": None, "log_a": torch.ones(C + 1)},
