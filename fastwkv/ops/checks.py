@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastwkv.ops.derivatives import batched
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
@@ -96,7 +98,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         raise ValueError(f"cu_seqlens must be [N + 1] with N at least 1, got shape {_shape(cu_seqlens)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and not batched(cu_seqlens):
         offsets = cu_seqlens.tolist()
         ascending = all(a < b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != length or not ascending:
