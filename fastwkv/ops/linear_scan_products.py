@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastwkv.ops.derivatives import apply, batched, differentiated_again, forward_alone, transformed
+from fastwkv.ops.derivatives import apply, batched, differentiated_again, forward_alone
 from fastwkv.ops.linear_scan_autograd import LinearScanAdjoint, scan
 from fastwkv.ops.linear_scan_derivatives import Composed
 from fastwkv.ops.packing import edges_of
@@ -20,7 +20,7 @@ def scan_between_products(
 
     x is gone before y is there. The gradient of h, as large as h, is seen by this backward pass alone: that of x takes
     its memory, and h is gone before the gradient of u is there. Derivatives of second order are those of
-    :func:`fastwkv.linear_scan`; there is no forward mode. Nothing is checked.
+    :func:`fastwkv.linear_scan`; there is no forward mode and no rule for vmap, but of its gradients. Nothing is checked.
 
     Args:
         u: ``[B, T, H]``.
@@ -34,9 +34,6 @@ def scan_between_products(
         y ``[B, T, M]`` and the final state.
 
     """
-    if transformed():  # within these the three have rules of their own
-        h, final = scan(a, _numbers(F.linear(u, into), a.dtype), initial, cu_seqlens, False, False)
-        return F.linear(_parts(h), out), final
     initial = None if initial is None else plain(initial)
     y, _, final = apply(
         _ScanBetweenProducts, u, into, plain(a), out, initial, cu_seqlens, edges_of(cu_seqlens, u.shape[1])
