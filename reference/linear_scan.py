@@ -27,7 +27,7 @@ def linear_scan(
     assert given is not None, "give a or log_a"
     dtype = torch.promote_types(given.dtype, x.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    gate = given.to(wide) if log_a is None else given.to(torch.promote_types(given.dtype, torch.float32)).exp().to(wide)
+    gate = given.to(wide) if log_a is None else given.to(wide).exp()
     pairs = x.dim() == 4
     inputs = torch.view_as_complex(x.to(wide.to_real())) if pairs else x.to(wide)
     gates = gate.expand(inputs.shape)
@@ -55,7 +55,7 @@ def linear_scan_step(
     a_t: Tensor | None = None, x_t: Tensor = required, state: Tensor = required, *, log_a: Tensor | None = None
 ) -> Tensor:
     """Return ``a_t state + x_t`` in the dtype of the state."""
-    gate = a_t if log_a is None else log_a.to(torch.promote_types(log_a.dtype, torch.float32)).exp()
+    gate = a_t if log_a is None else log_a.to(state.dtype).exp()
     assert gate is not None, "give a_t or log_a"
     if x_t.dim() == 3:
         x_t = torch.view_as_complex(x_t.to(state.dtype.to_real()))

@@ -20,7 +20,7 @@ from fastwkv.nn.recurrence import (
     rounded_by_autocast,
 )
 from fastwkv.ops.checks import check_bool
-from fastwkv.ops.derivatives import in_forward_mode
+from fastwkv.ops.derivatives import transformed
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 from fastwkv.ops.linear_scan_products import scan_between_products
 
@@ -165,7 +165,7 @@ class LRU(nn.Module):
         check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
         # D u comes first, so that the backward pass, which keeps its gradient of u, comes to it last.
         skip = self._skip(u) if torch.is_grad_enabled() else None
-        if skip is None or self.bidirectional or torch.compiler.is_compiling() or in_forward_mode():
+        if skip is None or self.bidirectional or torch.compiler.is_compiling() or transformed():
             h, final = self._scan(u, state, cu_seqlens)
             y = self._read(h, self._skip(u) if skip is None else skip)
         else:
@@ -249,7 +249,9 @@ class LRU(nn.Module):
         """Return Re(C h) + skip for an h of pairs, by one real product."""
         # Under autocast h has 16 bits already: made wider it would be rounded again, and kept twice.
         h = h.flatten(-2) if h.dtype.itemsize == 2 else h.flatten(-2).to(skip.dtype)
-        return F.linear(h, self._out(skip.dtype)).to(skip.dtype).add_(skip)
+        y = F.linear(h, self._out(skip.dtype)).to(skip.dtype)
+        # In vmap what is mapped cannot be added in place to what is not.
+        return y + skip if transformed() else y.add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:

@@ -10,6 +10,8 @@ from torch.nn import Parameter, UninitializedParameter
 from torch.nn.parameter import UninitializedBuffer
 from torch.sparse import SparseSemiStructuredTensor
 
+from fastwkv.ops.derivatives import batched
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
@@ -175,10 +177,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         raise ValueError(f"cu_seqlens must be [N + 1] with N at least 1, got shape {_shape(cu_seqlens)}")
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
-    if CHECK_OFFSETS_ON_DEVICE and cu_seqlens.device.type != "cpu":
+    if CHECK_OFFSETS_ON_DEVICE and cu_seqlens.device.type != "cpu" and not batched(cu_seqlens):
         rule = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
         torch._assert_async(rule, f"cu_seqlens must run from 0 to T = {length} without decreasing")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and not batched(cu_seqlens):
         offsets = cu_seqlens.tolist()
         ascending = all(a <= b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != length or not ascending:

@@ -13,30 +13,59 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     ``apply`` reads the signature of ``forward`` at every call, to fill in defaults: three quarters of what it costs.
     What it does after that is done here; transforms of functions and compilers look for ``apply`` itself.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return _apply_uncompiled(function, *inputs) if transformed() else function.apply(*inputs)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     # The checker wants a super() of the class that it stands in; this one is handed in.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
+def _apply_as_it_is(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    if torch.compiler.is_exporting():
+        raise RuntimeError("fastwkv's operators cannot be exported within forward mode and transforms of functions")
+    return function.apply(*inputs)
+
+
+# Compilers trace the forward pass of such a function alone, and what it calls: tangents, and the gradients of tensors
+# that are mapped, would be lost without a word. So it is left to Python; a graph that must be whole refuses that.
+_apply_uncompiled = torch.compiler.disable(
+    _apply_as_it_is, reason="fastwkv's operators are not compiled within forward mode and transforms of functions"
+)
+
+
+def forward_alone(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Return the results of ``function``, of which no derivative is asked for; vmap finds its rule."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return function.forward(*inputs)
+
+
 def differentiated(inputs: list[Tensor]) -> bool:
-    """Whether a derivative may be asked for, in reverse or in forward mode."""
+    """Whether a derivative may be asked for, in reverse or in forward mode.
+
+    Of a tensor that is mapped nothing can be known: its ``requires_grad`` says nothing about the one inside.
+    """
     if torch.is_grad_enabled() and True in [t.requires_grad for t in inputs]:
         return True
-    return in_forward_mode()
+    return transformed()
+
+
+def transformed() -> bool:
+    """Whether tangents are carried along, or a transform of ``torch.func`` is at work."""
+    return in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def in_forward_mode() -> bool:
     """Whether tangents are carried along."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated_again() -> bool:
-    """Within a backward pass: whether somebody is going to differentiate its result."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Within a backward pass: whether somebody is going to differentiate its result, or carries tangents along."""
+    return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
 
 
 def batched(t: Tensor) -> bool:
-    """Whether a tensor stands for many, as vmap makes them: those that are written to need rules of their own."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)
+    """Whether a tensor stands for many, as vmap makes them, or for itself within another transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)

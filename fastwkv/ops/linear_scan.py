@@ -1,15 +1,15 @@
-"""The diagonal linear recurrence: the public function, its autograd and its registration."""
+"""The diagonal linear recurrence: the public functions."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import scan_dtypes
-from fastwkv.ops import checks, linear_scan_registration  # noqa: F401 (registers what is called below)
-from fastwkv.ops.derivatives import apply, differentiated, differentiated_again, in_forward_mode
-from fastwkv.ops.linear_scan_derivatives import Composed
-from fastwkv.ops.packing import edges_of
+from fastwkv.ops import checks
+from fastwkv.ops.derivatives import differentiated
+from fastwkv.ops.linear_scan_autograd import as_complex, scan
+from fastwkv.ops.vmap import plain
 from fastwkv.reference.wkv import required
 
 
@@ -112,34 +112,16 @@ def linear_scan(
     checks.check_bool(reverse=reverse, return_state=return_state)
     name, a, log = _multiplier("a", a, log_a)
     checks.check_floating_or_complex(**{name: a}, x=x)
-    pairs = checks.are_pairs("B T C", name, a, x=x)
+    checks.are_pairs("B T C", name, a, x=x)
     B, T, C = x.shape[:3]
     checks.check_multiplier("B T C", (B, T, C), **{name: a})
-    state_dtype = scan_dtypes(a, x)[1]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, B, T)
         checks.check_device(x=x, cu_seqlens=cu_seqlens)
     if initial_state is not None:
         dims, rows = ("B C", B) if cu_seqlens is None else ("N C", cu_seqlens.numel() - 1)
-        _check_state("initial_state", initial_state, dims, (rows, C), state_dtype, x)
-
-    given = x.dtype
-    if state_dtype.is_complex:
-        # The kernels know a complex multiplier as itself only, and beside it nothing real but pairs of 16 bits.
-        a, log = (a.exp() if log else a).to(state_dtype), False
-        if not pairs:
-            x = x.to(state_dtype)
-        elif given.itemsize > 2 or state_dtype != torch.complex64:
-            x = as_complex(x, state_dtype)
-    a, x, initial = plain(a), plain(x), None if initial_state is None else plain(initial_state)
-    inputs = [a, x] if initial is None else [a, x, initial]
-    if differentiated(inputs):
-        scan = _DualLinearScan if in_forward_mode() else LinearScan
-        h, final = apply(scan, a, x, initial, cu_seqlens, log, reverse, edges_of(cu_seqlens, T, reverse))
-    else:
-        h, final = torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse)
-    if pairs and h.is_complex():
-        h = torch.view_as_real(h).to(given)
+        _check_state("initial_state", initial_state, dims, (rows, C), scan_dtypes(a, x)[1], x)
+    h, final = scan(a, x, initial_state, cu_seqlens, log, reverse)
     return (h, final) if return_state else h
 
 
@@ -168,79 +150,20 @@ def linear_scan_step(
     checks.check_multiplier("B C", (B, C), **{name: a})
     state_dtype = torch.promote_types(torch.promote_types(a.dtype, x_t.dtype), torch.float32)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
-    if pairs and (x_t.dtype.itemsize > 2 or differentiated([a, x_t, state])):
+    # As one number of float32, e^{log a} would be rounded at every token in the same way. The kernels know two such for
+    # it where it is real.
+    composed = (log and state_dtype.is_complex) or differentiated([a, x_t, state])
+    if pairs and (composed or x_t.dtype.itemsize > 2):
         x_t = as_complex(x_t, state_dtype)
     if not log and a.dtype == x_t.dtype == state.dtype:
         return torch.addcmul(x_t, a, state)  # one launch, and differentiable
-    if differentiated([a, x_t, state]):
-        # As one float32, e^{log a} would be rounded at every token in the same way.
+    if composed:
         wide = torch.promote_types(state_dtype, torch.float64) if log else state_dtype
         a = a.to(wide)
         return torch.addcmul(x_t.to(wide), a.exp() if log else a, state.to(wide)).to(state_dtype)
     if state_dtype.is_complex:
-        a, log = (a.exp() if log else a).to(state_dtype), False
-        x_t = x_t if x_t.dim() == 3 else x_t.to(state_dtype)
+        a, x_t = a.to(state_dtype), x_t if x_t.dim() == 3 else x_t.to(state_dtype)
     return torch.ops.fastwkv.linear_scan_step(plain(a), plain(x_t), plain(state), log)
-
-
-class LinearScan(torch.autograd.Function):
-    """The linear scan under autograd; kernels/linear_scan.py holds the adjoint.
-
-    What is kept for the backward pass are a, the initial state and the result h.
-    """
-
-    @staticmethod
-    def forward(
-        a: Tensor,
-        x: Tensor,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-        log: bool,
-        reverse: bool,
-        edges: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute h and the final state."""
-        return torch.ops.fastwkv.linear_scan_fwd(a, x, initial, cu_seqlens, log, reverse, edges)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep a, the initial state and h, nothing else."""
-        a, x, initial, cu_seqlens, ctx.log, ctx.reverse, edges = inputs
-        ctx.dtype = x.dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, initial, cu_seqlens, edges, output[0])
-
-    @staticmethod
-    def backward(ctx: Any, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Run the adjoint recurrence, in the other direction of time."""
-        a, initial, cu_seqlens, edges, h = ctx.saved_tensors
-        gh = torch.zeros_like(h) if gh is None else plain(gh)
-        gfinal = None if gfinal is None else plain(gfinal)
-        if differentiated_again():
-            composed = Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse)
-            ga, gx, ginitial = composed.backward(gh, gfinal)
-            return ga, gx.to(ctx.dtype), ginitial, None, None, None, None
-        ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(
-            a, h, initial, cu_seqlens, ctx.log, ctx.reverse, gh, gfinal, ctx.dtype, edges
-        )
-        return ga, gx, None if initial is None else ginitial, None, None, None, None
-
-
-class _DualLinearScan(LinearScan):
-    """The same in forward mode. On its own, since torch.compile refuses what defines a tangent."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep what the tangent needs too."""
-        LinearScan.setup_context(ctx, inputs, output)
-        a, _, initial, cu_seqlens, *_ = inputs
-        ctx.save_for_forward(a, initial, cu_seqlens, output[0])
-
-    @staticmethod
-    def jvp(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
-        """Run the tangent recurrence, which is the same with another input."""
-        a, initial, cu_seqlens, h = ctx.saved_tensors
-        return Composed(linear_scan, a, h, initial, cu_seqlens, ctx.log, ctx.reverse).forward(da, dx, dinitial)
 
 
 def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str, Tensor, bool]:
@@ -249,16 +172,6 @@ def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str,
     if a is None and log_a is not None:
         return "log_a", log_a, True
     raise TypeError(f"give one of {name} and log_a, got {'neither' if a is None else 'both'}")
-
-
-def as_complex(pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers that are held as pairs."""
-    return torch.view_as_complex(pairs.to(torch.float64 if dtype == torch.complex128 else torch.float32).contiguous())
-
-
-def plain(t: Tensor) -> Tensor:
-    """Return a tensor as it lies in memory: contiguous, and no lazy conjugate of another."""
-    return t.resolve_conj().resolve_neg().contiguous()
 
 
 def _check_state(name: str, state: Tensor, dims: str, shape: tuple[int, int], dtype: torch.dtype, x: Tensor) -> None:

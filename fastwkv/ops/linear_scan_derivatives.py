@@ -1,7 +1,6 @@
 """The derivatives of the linear scan as linear scans, which can be differentiated themselves."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from fastwkv.ops import packing  # noqa: F401 (registers what is called below)
 
 
 class Composed:
-    """Derivatives at one point, in PyTorch's operators and the public ``linear_scan``, which is handed in."""
+    """Derivatives at one point, in PyTorch's operators and ``scan``, which is handed in."""
 
     def __init__(
         self,
-        linear_scan: Callable[..., Any],
+        scan: Callable[..., tuple[Tensor, Tensor]],
         a: Tensor,
         h: Tensor,
         initial: Tensor | None,
@@ -27,7 +26,7 @@ class Composed:
         T = h.shape[1]
         self.pairs, self.dtype = h.dim() == 4, h.dtype
         state_dtype = scan_dtypes(a, h)[1]
-        self.linear_scan, self.given_dtype, self.fixed = linear_scan, a.dtype, a.dim() == 1
+        self.scan, self.given_dtype, self.fixed = scan, a.dtype, a.dim() == 1
         self.cu_seqlens, self.reverse, self.log = cu_seqlens, reverse, log
         self.given = a.to(state_dtype)
         self.a = self.given.exp() if log else self.given
@@ -48,7 +47,7 @@ class Composed:
         a, given = (t.expand(self.h_before.shape).conj() for t in (self.a, self.given))
         one = 0 if self.log else 1
         after = torch.where(self.last[:, None], one, given.roll(1 if self.reverse else -1, 1))
-        g = self._scan(after, self._numbers(gh).to(a.dtype), gfinal, reverse=not self.reverse)
+        g, _ = self._scan(after, self._numbers(gh).to(a.dtype), gfinal, not self.reverse)
         ga = g * self.h_before.conj()
         ga = ga * a if self.log else ga
         ga = (ga.sum((0, 1)) if self.fixed else ga).to(self.given_dtype)
@@ -59,7 +58,7 @@ class Composed:
         total = torch.zeros_like(self.h_before) if dx is None else self._numbers(dx).to(self.h_before.dtype)
         if da is not None:
             total = total + (da * self.a if self.log else da) * self.h_before
-        dh, dfinal = self._scan(self.given, total, dinitial, reverse=self.reverse, return_state=True)
+        dh, dfinal = self._scan(self.given, total, dinitial, self.reverse)
         return self._as_given(dh).to(self.dtype), dfinal
 
     def _numbers(self, t: Tensor) -> Tensor:
@@ -69,10 +68,9 @@ class Composed:
     def _as_given(self, t: Tensor) -> Tensor:
         return torch.view_as_real(t) if self.pairs else t
 
-    def _scan(self, given: Tensor, x: Tensor, initial: Tensor | None, **options: bool) -> Any:
+    def _scan(self, given: Tensor, x: Tensor, initial: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         # Not with e^{log a}: as one number it is rounded, at every token in the same way.
-        a, log_a = (None, given) if self.log else (given, None)
-        return self.linear_scan(a, x, initial, log_a=log_a, cu_seqlens=self.cu_seqlens, **options)
+        return self.scan(given, x, initial, self.cu_seqlens, self.log, reverse)
 
     def _before_first_tokens(self, q: Tensor, gfinal: Tensor | None) -> Tensor:
         """Return what comes out of the first token of every sequence, and through one that is empty."""

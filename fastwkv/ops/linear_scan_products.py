@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastwkv.ops.derivatives import apply, batched, differentiated_again
-from fastwkv.ops.linear_scan import linear_scan, plain
+from fastwkv.ops.derivatives import apply, batched, differentiated_again, forward_alone
+from fastwkv.ops.linear_scan_autograd import LinearScanAdjoint, scan
 from fastwkv.ops.linear_scan_derivatives import Composed
 from fastwkv.ops.packing import edges_of
+from fastwkv.ops.vmap import plain, takes_batched_gradients
 
 
 def scan_between_products(
@@ -19,7 +20,8 @@ def scan_between_products(
 
     x is gone before y is there. The gradient of h, as large as h, is seen by this backward pass alone: that of x takes
     its memory, and h is gone before the gradient of u is there. Derivatives of second order are those of
-    :func:`fastwkv.linear_scan`; there is no forward mode. Nothing is checked.
+    :func:`fastwkv.linear_scan`; there is no forward mode and no rule for vmap, but of its gradients. Nothing is
+    checked.
 
     Args:
         u: ``[B, T, H]``.
@@ -66,6 +68,7 @@ class _ScanBetweenProducts(torch.autograd.Function):
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
+    @takes_batched_gradients
     def backward(ctx: Any, gy: Tensor | None, gh: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run the adjoints, the last first."""
         u, into, a, out, initial, cu_seqlens, edges, h = ctx.saved_tensors
@@ -79,11 +82,11 @@ class _ScanBetweenProducts(torch.autograd.Function):
         total = torch.zeros_like(h) if total is None else total
         scanned = a, h, initial, cu_seqlens, False, False
         if differentiated_again():
-            composed = Composed(linear_scan, *scanned[:4], log=False, reverse=False)
+            composed = Composed(scan, *scanned[:4], log=False, reverse=False)
             ga, gx, ginitial = composed.backward(total, gfinal)
             gx = gx.to(h.dtype)
         elif total is gh or batched(total) or (gfinal is not None and batched(gfinal)):  # gh is somebody else's
-            ga, gx, ginitial = torch.ops.fastwkv.linear_scan_bwd(*scanned, plain(total), gfinal, h.dtype, edges)
+            ga, gx, ginitial = forward_alone(LinearScanAdjoint, *scanned, plain(total), gfinal, h.dtype, edges)
         else:
             gx = plain(total)
             ga, ginitial = torch.ops.fastwkv.linear_scan_bwd_(*scanned, gx, gfinal, edges)
@@ -102,7 +105,6 @@ def _nothing() -> None:
     pass
 
 
-# In operators that vmap of either kind knows.
 def _summed(g: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of a matrix that x was multiplied with, the sum over all tokens."""
     return torch.matmul(g.reshape(-1, g.shape[-1]).transpose(0, 1), x.reshape(-1, x.shape[-1]))

@@ -1,5 +1,7 @@
 """Packed sequences: what the kernels make of their offsets, once for both passes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,13 @@ def _packed_edges_fake(cu_seqlens: Tensor, T: int, reverse: bool) -> Tensor:
 
 
 register("packed_edges(Tensor cu_seqlens, SymInt T, bool reverse) -> Tensor", "packing", _packed_edges_fake)
+
+
+def _packed_edges_vmap(
+    info: Any, in_dims: tuple[int, None, None], cu_seqlens: Tensor, T: int, reverse: bool
+) -> tuple[Tensor, int]:
+    rows = cu_seqlens.unbind(in_dims[0])
+    return torch.stack([torch.ops.fastwkv.packed_edges(row, T, reverse) for row in rows]), 0
+
+
+torch.library.register_vmap("fastwkv::packed_edges", _packed_edges_vmap)

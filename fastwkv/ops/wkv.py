@@ -1,15 +1,16 @@
-"""WKV: the public function and its autograd."""
+"""WKV: the public functions."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import accumulation_dtype
 from fastwkv.ops import checks, wkv_registration  # noqa: F401 (registers what is called below)
-from fastwkv.ops.derivatives import apply, differentiated, differentiated_again
+from fastwkv.ops.derivatives import apply, differentiated, in_forward_mode
 from fastwkv.ops.packing import edges_of
 from fastwkv.ops.time_decay import decay_rate
+from fastwkv.ops.wkv_autograd import WKV, DualWKV
 from fastwkv.reference.wkv import WKVState, required
 
 
@@ -132,7 +133,9 @@ def wkv(
 
     inputs = [w, u, k, v] if packed is None else [w, u, k, v, packed]
     if differentiated(inputs):
-        y, final, _ = apply(WKV, w, u, k, v, packed, cu_seqlens, edges_of(cu_seqlens, T))
+        y, final, _ = apply(
+            DualWKV if in_forward_mode() else WKV, w, u, k, v, packed, cu_seqlens, edges_of(cu_seqlens, T)
+        )
     else:
         y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
@@ -190,86 +193,6 @@ def _given(w: Tensor | None, time_decay: Tensor | None) -> Tensor:
     if w is None and time_decay is not None:
         return time_decay
     raise TypeError(f"give one of w and time_decay (w = exp(time_decay)), got {'neither' if w is None else 'both'}")
-
-
-class WKV(torch.autograd.Function):
-    """WKV under autograd; kernels/wkv.py holds the adjoint.
-
-    States are packed as ``[3, N, C]``, the adjoints (gm, gl) of their means and log weights as ``[2, N, C]``.
-    """
-
-    @staticmethod
-    def forward(
-        w: Tensor,
-        u: Tensor,
-        k: Tensor,
-        v: Tensor,
-        initial: Tensor | None,
-        cu_seqlens: Tensor | None,
-        edges: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute y, the final state and the checkpoints that the backward pass starts from."""
-        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True, edges)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep the inputs, the final state and the checkpoints, nothing else."""
-        _, final, checkpoints = output
-        ctx.mark_non_differentiable(checkpoints)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, final, checkpoints)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        """Run the adjoint recurrence over the saved inputs."""
-        w, u, k, v, initial, cu_seqlens, edges, final, checkpoints = ctx.saved_tensors
-        gy = torch.zeros_like(v) if gy is None else gy.contiguous()
-        if gfinal is not None:
-            gfinal = _adjoint_of_final(final, gfinal)
-        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal, edges
-        if differentiated_again():
-            gw, gu, gk, gv, ginitial = apply(_Adjoint, *given)
-        else:
-            gw, gu, gk, gv, ginitial = torch.ops.fastwkv.wkv_bwd(*given)
-        return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None, None
-
-
-class _Adjoint(torch.autograd.Function):
-    """The backward pass as something that could be differentiated again, and says that it cannot."""
-
-    @staticmethod
-    def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.ops.fastwkv.wkv_bwd(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
-
-
-# The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go
-# out are (num, den, max). The chain rule between the two is in the next two functions and nowhere else.
-
-
-def _adjoint_of_final(final: Tensor, gfinal: Tensor) -> Tensor:
-    num, den, _ = final
-    gnum, gden, _ = gfinal  # max is a constant on the way out
-    return torch.stack((_or_one(den) * gnum, num * gnum + _or_one(den) * gden))
-
-
-def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
-    num, den, _ = initial
-    gm, gl = adjoint
-    gnum = gm / _or_one(den)
-    gden = (gl - gnum * num) / _or_one(den)
-    return torch.stack((gnum, gden, torch.where(den == 0, gnum * num, gl)))
-
-
-def _or_one(den: Tensor) -> Tensor:
-    return torch.where(den < torch.finfo(den.dtype).tiny, 1, den)  # as the kernels count an empty state
 
 
 def _check_state(state: WKVState, dims: str, rows: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:

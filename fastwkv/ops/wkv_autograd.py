@@ -1,0 +1,123 @@
+"""WKV under autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwkv.ops.derivatives import apply, differentiated_again, forward_alone
+from fastwkv.ops.vmap import CHANNELS, STATES, TOKENS, WHOLE, takes_batched_gradients, vectorised
+
+# What the arguments and results of WKV are for vmap.
+KINDS = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, WHOLE
+RESULTS = TOKENS, STATES, TOKENS
+
+
+class WKV(torch.autograd.Function):
+    """WKV under autograd; kernels/wkv.py holds the adjoint.
+
+    States are packed as ``[3, N, C]``, the adjoints (gm, gl) of their means and log weights as ``[2, N, C]``.
+    """
+
+    @staticmethod
+    def forward(
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        edges: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute y, the final state and the checkpoints that the backward pass starts from."""
+        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True, edges)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the inputs, the final state and the checkpoints, nothing else."""
+        _, final, checkpoints = output
+        ctx.mark_non_differentiable(checkpoints)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, final, checkpoints)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Take all indices of a mapped axis at once."""
+        return vectorised(WKV, info.batch_size, in_dims, inputs, KINDS, RESULTS, cu_seqlens=5)
+
+    @staticmethod
+    @takes_batched_gradients
+    def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        """Run the adjoint recurrence over the saved inputs."""
+        w, u, k, v, initial, cu_seqlens, edges, final, checkpoints = ctx.saved_tensors
+        gy = torch.zeros_like(v) if gy is None else gy.contiguous()
+        if gfinal is not None:
+            gfinal = _adjoint_of_final(final, gfinal)
+        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal, edges
+        if differentiated_again():
+            gw, gu, gk, gv, ginitial = apply(_Adjoint, *given)
+        else:
+            gw, gu, gk, gv, ginitial = forward_alone(_Adjoint, *given)
+        return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None, None
+
+
+class DualWKV(WKV):
+    """The same in forward mode, which it says that it has not. On its own, as that of the linear scan."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Take all indices of a mapped axis at once, as itself."""
+        return vectorised(DualWKV, info.batch_size, in_dims, inputs, KINDS, RESULTS, cu_seqlens=5)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        """Refuse."""
+        raise RuntimeError("fastwkv.wkv has no forward mode: it can be differentiated in reverse mode, once")
+
+
+class _Adjoint(torch.autograd.Function):
+    """The backward pass as something that could be differentiated again, and says that it cannot."""
+
+    @staticmethod
+    def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return torch.ops.fastwkv.wkv_bwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        kinds = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, TOKENS, TOKENS, STATES, WHOLE
+        results = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES
+        return vectorised(_Adjoint, info.batch_size, in_dims, inputs, kinds, results, cu_seqlens=5)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
+
+
+# The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go
+# out are (num, den, max). The chain rule between the two is in the next two functions and nowhere else.
+
+
+def _adjoint_of_final(final: Tensor, gfinal: Tensor) -> Tensor:
+    num, den, _ = final
+    gnum, gden, _ = gfinal  # max is a constant on the way out
+    return torch.stack((_or_one(den) * gnum, num * gnum + _or_one(den) * gden))
+
+
+def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
+    num, den, _ = initial
+    gm, gl = adjoint
+    gnum = gm / _or_one(den)
+    gden = (gl - gnum * num) / _or_one(den)
+    return torch.stack((gnum, gden, torch.where(den == 0, gnum * num, gl)))
+
+
+def _or_one(den: Tensor) -> Tensor:
+    return torch.where(den < torch.finfo(den.dtype).tiny, 1, den)  # as the kernels count an empty state
