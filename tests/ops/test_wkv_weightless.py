@@ -94,7 +94,7 @@ def test_gradient_of_a_state_that_begins_as_zeros(implementation, exponent, leve
 @settings(max_examples=60)
 @given(
     den=st.sampled_from((1e-20, 1e-30, 2e-36, 1.2e-38, 1e-40, 1e-44)),
-    mean=st.sampled_from((1.0, -3.0)),
+    mean=st.sampled_from((1.0, 3.0)),  # of the sign of v: nothing cancels
     gap=st.floats(-5, 5),
     exponent=st.sampled_from((50.0, 0.0, -300.0)),
     packed=st.booleans(),
