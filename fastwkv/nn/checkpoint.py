@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from fastwkv.nn import checkpoint_names
 from fastwkv.nn.config import RWKV4Config
-from fastwkv.nn.tensor_files import CheckpointError, read_json, read_tensors, replace_file, write_json, write_tensors
+from fastwkv.nn.tensor_files import (
+    CheckpointError,
+    check_name,
+    read_json,
+    read_tensors,
+    replace_file,
+    write_json,
+    write_tensors,
+)
 from fastwkv.ops.checks import FLOATING
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there; also as NAME.index.json
@@ -51,11 +59,12 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: of several dtypes, so give one: {found}")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
     """Find a checkpoint and check names, shapes, dtypes and sizes of all that is in it.
 
     Args:
         path: a file of BlinkDL's, or a folder of Hugging Face's or of :func:`save`.
+        checksums: whether to read files of ``torch.save`` through, to compare them with their checksums.
 
     Raises:
         OSError: a file is missing or cannot be opened.
@@ -63,9 +72,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     """
     path = Path(path)
+    check_name(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; checkpoints are read from a disk, not downloaded")
-    found = _read_folder(path) if path.is_dir() else read_tensors(path)
+    found = _read_folder(path, checksums) if path.is_dir() else read_tensors(path, checksums)
     checkpoint_names.refuse_other_models(str(path), found)
     format = checkpoint_names.format_of(found)
     if format is None:
@@ -104,17 +114,17 @@ def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -
     write_json(path / "config.json", {**written, "torch_dtype": dtype})
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
+def _read_folder(folder: Path, checksums: bool) -> dict[str, Tensor]:
     for name in _WEIGHTS:
         if (folder / name).exists():
-            return read_tensors(folder / name)
+            return read_tensors(folder / name, checksums)
         if (folder / f"{name}.index.json").exists():
-            return _read_shards(folder / f"{name}.index.json")
+            return _read_shards(folder / f"{name}.index.json", checksums)
     looked_for = ", ".join((*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS)))
     raise FileNotFoundError(f"{folder}: holds no weights: none of {looked_for}")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, checksums: bool) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise CheckpointError(f"{index}: has no weight_map")
@@ -122,7 +132,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(map(str, places.values()))):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: {shard!r} is not the name of a file beside it")
-        tensors = read_tensors(index.parent / shard)
+        tensors = read_tensors(index.parent / shard, checksums)
         if wrong := sorted(tensors.keys() ^ {name for name, place in places.items() if place == shard}):
             raise CheckpointError(f"{index}: {_some(wrong)} in the index or in {shard}, but not in both")
         found |= tensors
@@ -151,8 +161,10 @@ def _config(path: Path, format: str, found: Mapping[str, Tensor], written: Mappi
         rescale_every = written.get("rescale_every", default_rescale)
         if isinstance(rescale_every, int) and rescale_every < 0:  # never, as Hugging Face reads it
             rescale_every = 0
-        return RWKV4Config(**sizes, layer_norm_eps=written.get(eps_name, _DEFAULT_EPS), rescale_every=rescale_every)
-    except (TypeError, ValueError) as error:
+        eps = written.get(eps_name, _DEFAULT_EPS)
+        eps = float(eps) if isinstance(eps, int) else eps  # of any length in JSON
+        return RWKV4Config(**sizes, layer_norm_eps=eps, rescale_every=rescale_every)
+    except (OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: config.json: {error}") from None
 
 

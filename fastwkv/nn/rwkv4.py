@@ -73,14 +73,20 @@ class RWKV4(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        checksums: bool = True,
     ) -> "RWKV4":
         """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
 
         The model is in inference mode, ``model.eval()``, as those of transformers are.
 
         Nothing in a file is run (safetensors, or ``torch.load(weights_only=True)``), and everything is checked before
-        anything is loaded. Files are mapped, and the model is built without memory: it is there once.
+        anything is loaded. Files are mapped, and the model is built without memory: it is there once. Only archives
+        that were compressed, and files of PyTorch before 1.6, are read into memory first.
 
         Args:
             path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
@@ -88,19 +94,24 @@ class RWKV4(nn.Module):
             dtype: of the parameters, also by its name, as "bfloat16"; as stored if None. time_decay and time_first stay
                 float32 in a 16-bit model; the others must have one dtype, or be given one.
             device: where to.
+            checksums: whether to compare files of ``torch.save`` with the checksums in them. That is one more reading
+                of the whole file, from memory the second time: False is for files that are larger than memory. Other
+                files have none: in safetensors and files of PyTorch before 1.6 a changed bit is not seen.
 
         Raises:
             OSError: a file is missing or cannot be opened.
             CheckpointError: the checkpoint is damaged, of another version of RWKV, or has missing, unexpected or
                 misshapen tensors; the message names the first of them. It is a ValueError.
-            TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
+            TypeError: ``dtype`` is not float32, float64, bfloat16 or float16, or ``checksums`` is no bool.
 
         """
         if isinstance(dtype, str):
             dtype = {str(one).removeprefix("torch."): one for one in FLOATING}.get(dtype.removeprefix("torch."), dtype)
         if isinstance(dtype, str) or (dtype is not None and dtype not in FLOATING):
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype!r}")
-        checkpoint = open_checkpoint(path)
+        if not isinstance(checksums, bool):
+            raise TypeError(f"checksums must be True or False, got {checksums!r}")
+        checkpoint = open_checkpoint(path, checksums)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         checkpoint.load_into(model, dtype, device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.tensor_files import CheckpointError, read_tensors, write_tensors
+from fastwkv.ops.checks import FLOATING
 from fastwkv.reference.wkv import WKVState
 
 
@@ -65,17 +66,23 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> "RWKV4State":
-        """Read what :meth:`save` has written, in any process.
+        """Read what :meth:`save` has written, or ``fastwkv generate --save-state``, in any process.
 
         Raises:
             OSError: the file cannot be opened.
-            CheckpointError: it is damaged or holds something else.
+            CheckpointError: it is damaged or holds something else: other tensors, or such as no model returns.
 
         """
+        tensors = read_tensors(Path(path))
+        tensors.pop("last_token", None)  # which --save-state adds
         try:
-            return RWKV4State.from_tensors(read_tensors(Path(path))).clone().to(device)
+            state = RWKV4State.from_tensors(tensors)
         except KeyError as error:
             raise CheckpointError(f"{path}: expected the state of an RWKV-4 model, but it has no {error}") from None
+        if other := sorted(tensors.keys() - state.tensors().keys()):
+            raise CheckpointError(f"{path}: expected the state of an RWKV-4 model, but it also has {other[0]!r}")
+        _check_fields(path, state)
+        return state.clone().to(device)
 
     def unbind(self) -> list["RWKV4State"]:
         """Return the state of every block, as views."""
@@ -104,6 +111,21 @@ def empty_wkv_state(shape: tuple[int, ...], like: Tensor) -> WKVState:
 def wkv_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype of rates and states beside this tensor: float32, or float64 beside float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check_fields(path: str | Path, state: RWKV4State) -> None:
+    """Raise CheckpointError unless the shapes and dtypes of all fields are those of one model or block."""
+    like = state.att_x
+    if like.dim() not in (2, 3):
+        raise CheckpointError(f"{path}: att_x must be [L, B, D] or [B, D], got shape {list(like.shape)}")
+    if like.dtype not in FLOATING:
+        raise CheckpointError(f"{path}: att_x must be float32, float64, bfloat16 or float16, got {like.dtype}")
+    for name, tensor in state.tensors().items():
+        if tensor.shape != like.shape:
+            raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, but att_x {list(like.shape)}")
+        dtype = wkv_dtype(like) if name.startswith("wkv.") else like.dtype
+        if tensor.dtype != dtype:
+            raise CheckpointError(f"{path}: {name} must be {dtype} beside att_x of {like.dtype}, got {tensor.dtype}")
 
 
 def check_state(state: RWKV4State, config: RWKV4Config, batch: int, weight: Tensor) -> None:

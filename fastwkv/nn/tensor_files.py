@@ -1,43 +1,92 @@
 """Files of named tensors: read without running code from them and without a copy, written whole or not at all."""
 
+import errno
 import json
 import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastwkv.nn.torch_archive import check_archive
+
+_SPARE = 2**24  # bytes that tensors may have above those of their file: of vectors that repeat one number
+
 
 class CheckpointError(ValueError):
-    """A file is not what it should be: damaged, of another model, or of another version of this one."""
+    """A file is not what it should be: damaged, of another model, or of another version of this one.
+
+    The message is one line. What a name of a file or tensor has that cannot be printed is written with a backslash.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def check_name(path: Path) -> None:
+    """Raise CheckpointError if no file can have this name: it holds a NUL, or what the system cannot encode."""
+    try:
+        with suppress(OSError):
+            path.stat()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not the name of a file ({error})") from None
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file. What is none, a FIFO or a device, might have no end, and cannot be mapped.
+
+    Raises:
+        OSError: the file cannot be opened.
+        CheckpointError: it is no file.
+
+    """
+    check_name(path)
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a FIFO, a socket or a device"
+        raise CheckpointError(f"{path}: expected a file, got {found}")
+    return path.open("rb")
+
+
+def read_tensors(path: Path, checksums: bool = True) -> dict[str, Tensor]:
     """Read a safetensors file, or one of ``torch.save`` that holds a dictionary of tensors and nothing that runs.
 
     The tensors stand in the mapped file: they cost no memory of their own, and writing to the file changes them. Only
-    files of PyTorch before 1.6 are read into memory.
+    archives that were compressed, and files of PyTorch before 1.6, are read into memory.
+
+    Args:
+        path: the file.
+        checksums: whether to read an archive of ``torch.save`` through, to compare it with its checksums. The other
+            files have none.
 
     Raises:
         OSError: the file cannot be opened.
         CheckpointError: it is damaged or holds something else.
 
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(9)
-    is_safetensors = path.suffix == ".safetensors" or head[8:] == b"{"  # after the length of a header of JSON
-    tensors = _read_safetensors(path) if is_safetensors else _read_torch(path, mapped=head.startswith(b"PK"))
+    if path.suffix == ".safetensors" or head[8:] == b"{":  # after the length of a header of JSON
+        tensors = _read_safetensors(path)
+    elif head.startswith((b"PK", b"\x80")):  # an archive, a pickle
+        tensors = _read_torch(path, head.startswith(b"PK"), checksums)
+    else:
+        found = "holds" if head else "is empty,"
+        raise CheckpointError(f"{path}: {found} neither safetensors nor what torch.save writes")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: expected tensors by name, but {name!r} is of type {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(f"{path}: expected dense tensors, but {name} is on {tensor.device}, {tensor.layout}")
+        if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "nested, " if tensor.is_nested else "quantised, " if tensor.is_quantized else ""
+            found = f"{name} is {kind}on {tensor.device}, {tensor.layout}"
+            raise CheckpointError(f"{path}: expected dense tensors, but {found}")
+    _refuse_more_than_is_stored(path, tensors)
     return tensors
 
 
@@ -49,8 +98,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
 
 
-def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:  # older files are no archives, and cannot be mapped
+def _read_torch(path: Path, is_archive: bool, checksums: bool) -> dict[str, Tensor]:
     try:
+        mapped = is_archive and check_archive(path, checksums)
         found = torch.load(path, "cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
@@ -62,6 +112,19 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Tensor]:  # older files a
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected tensors by name, got a {type(found).__name__}")
     return found
+
+
+def _refuse_more_than_is_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if copies of the tensors would take far more memory than the file does.
+
+    A stride of 0 makes any number of elements of one. Two tensors may share their elements, as tied embeddings do.
+    """
+    storages = (tensor.untyped_storage() for tensor in tensors.values())
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * stored + _SPARE:
+        name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
+        found = f"{name} {list(largest.shape)} would take {largest.nbytes:,} bytes"
+        raise CheckpointError(f"{path}: {found}, but all that is stored are {stored:,}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -85,7 +148,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        with open_file(path) as file:
+            found = json.loads(file.read().decode("utf-8"))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file ({_first_line(error)})") from None
     if not isinstance(found, dict):
@@ -99,7 +165,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_file(path: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` make a file beside ``path`` and put it in its place; what was there stays until then."""
+    """Let ``write`` make a file beside ``path`` and put it in its place; what was there stays until then.
+
+    Raises:
+        OSError: it cannot be made, or what is there is no file: a FIFO or a device is not replaced.
+        ValueError: no file can have this name.
+
+    """
+    check_name(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says so
+        raise FileExistsError(errno.EEXIST, "Not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         part = Path(folder, path.name)

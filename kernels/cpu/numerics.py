@@ -7,6 +7,7 @@ floats: uint16 stands for bfloat16, int16 for float16.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastwkv.kernels.cpu.cache import KernelCache
 from fastwkv.kernels.cpu.vectors import Vector, broadcast, emit_fma
 
 TAGS = {
@@ -32,15 +34,10 @@ inlined = njit(forceinline=True, error_model="numpy", boundscheck=False)
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that runs without the interpreter lock, and keep the result on disk."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    try:
-        compiled = njit(cache=True, **options)(function)
-    except RuntimeError:  # there is no folder to write to
-        return njit(**options)(function)
-    # numba compiles anew when the file of the function changes. What is inlined into it stands in other files.
-    cache_file: Any = getattr(compiled._cache, "_cache_file", None)
-    if hasattr(cache_file, "_source_stamp"):
-        cache_file._source_stamp = cache_file._source_stamp, _sources()
+    compiled = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    with suppress(RuntimeError):  # there is no folder to write to
+        # numba compiles anew when the file of the function changes. What is inlined into it stands in other files.
+        compiled._cache = KernelCache(function, _sources())
     return compiled
 
 

@@ -1,6 +1,8 @@
 """``fastwkv info``: what is in a checkpoint."""
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,31 @@ def test_size_of_the_state_is_that_of_its_tensors(tmp_path, run) -> None:
     pytest.importorskip("tokenizers")
     assert run("generate", "--model", path, "--prompt", "b", "--tokens", 1, "--save-state", state).status == 0
     assert json.loads(run("info", path, "--json").out)["state_bytes"] == RWKV4State.load(state).nbytes
+
+
+NO_CHECKPOINTS: dict[str, bytes] = {
+    "holds neither safetensors nor what torch.save writes": b"root:x:0:0:root:/root:/bin/bash\n",
+    "is empty, neither safetensors nor what torch.save writes": b"",
+    "not a whole file of torch.save (an archive without data.pkl)": b"PK\5\6" + bytes(18),
+    "damaged, or not a file of tensors alone, and nothing else is loaded": pickle.dumps({"emb.weight": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("message", NO_CHECKPOINTS)
+def test_file_that_is_no_checkpoint_is_said_to_be_none(message, tmp_path, run) -> None:
+    (tmp_path / "file").write_bytes(NO_CHECKPOINTS[message])
+    assert run("info", tmp_path / "file") == (2, "", f"fastwkv info: {tmp_path / 'file'}: {message}\n")
+
+
+@pytest.mark.parametrize("format", ["fastwkv", "hf"])
+def test_folder_without_its_config_is_named(format, tmp_path, run) -> None:
+    (saved(tmp_path, format, torch.float32) / "config.json").unlink()
+    config = tmp_path / "x" / "config.json"
+    assert run("info", tmp_path / "x") == (2, "", f"fastwkv info: {config}: No such file or directory\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a device of POSIX")
+def test_device_is_not_read(run) -> None:
+    message = "expected a file, got a FIFO, a socket or a device"
+    assert run("info", "/dev/zero") == (2, "", f"fastwkv info: /dev/zero: {message}\n")
