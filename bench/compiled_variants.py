@@ -23,6 +23,7 @@ from fastwkv.kernels import (
     wkv,
     wkv_bwd,
     wkv_carry,
+    wkv_entry,
     wkv_step,
 )
 from fastwkv.kernels.config import (
@@ -69,6 +70,8 @@ OPTIONAL = {
     "gfinal_ptr",
     "ginitial_ptr",
     "entry_ptr",
+    "cu_seqlens_ptr",
+    "source_ptr",
 }
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
 BLOCKS = {  # of kernels that do not walk along time, of four warps
@@ -78,6 +81,8 @@ BLOCKS = {  # of kernels that do not walk along time, of four warps
     rwkv4_step._relu_squared_kernel: rwkv4_step.BLOCK,
     rwkv4_step._add_gated_kernel: rwkv4_step.BLOCK,
     packing._packed_edges_kernel: packing.BLOCK,
+    packing._idle_rows_kernel: packing.ROW_BLOCK,
+    wkv_entry._wkv_entry_kernel: wkv_entry.BLOCK,
     row_sums._row_sums_kernel: row_sums.BLOCK_C,
 }
 
@@ -141,6 +146,7 @@ VARIANTS = [
     variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=771),
     variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
     variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
+    variant("wkv entry", wkv_entry._wkv_entry_kernel, 1, {"cu_seqlens_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
     variant("wkv step, gated", wkv_step._wkv_step_kernel, 1, {"r_ptr"}),
     variant("rwkv4 step, norm and mix", rwkv4_step._norm_mix_kernel, 1, set(), EPS=1e-5),
@@ -155,7 +161,16 @@ VARIANTS = [
         {"ga_ptr", "gx_ptr", "h_ptr"},
     ),
     variant("scan carry", _linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
-    variant("packed edges", packing._packed_edges_kernel, 1, {"edge_ptr"}, REVERSE=False),
+    variant("packed edges", packing._packed_edges_kernel, 1, {"cu_seqlens_ptr", "edge_ptr"}, REVERSE=False),
+    variant(
+        "idle rows",
+        packing._idle_rows_kernel,
+        1,
+        {"cu_seqlens_ptr", "edge_ptr", "source_ptr"},
+        FIELDS=3,
+        STATE=True,
+        REVERSE=False,
+    ),
     variant("sums of rows", row_sums._row_sums_kernel, row_sums.ROWS, set()),
     variant("scan step", linear_scan_step._linear_scan_step_kernel, 1, set(), FIXED=False, LOG=False),
 ]
