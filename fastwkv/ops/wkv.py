@@ -60,7 +60,9 @@ def wkv(
     Sums and states are float32, whatever the inputs (float64 if any input is float64). No exponential overflows for
     any finite w, u, k; a sum of values must fit that dtype. ``k = -inf`` marks an absent token: it has no weight, yet
     the past decays over it. Where nothing has any weight y is 0. Two runs give the same bits. Gradients reach w, u, k,
-    v and the initial state, from y and from the final state; a second derivative is not supported.
+    v and the initial state, from y and from the final state; a second derivative and forward mode are not supported,
+    and say so. ``torch.func.vmap`` over any argument is one call over more rows or channels; mapped ``cu_seqlens`` are
+    one call each.
 
     Args:
         w: ``[C]``, decay rate in nats a step; any finite value. Checkpoints that store ``time_decay`` have
