@@ -16,7 +16,7 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     if torch.compiler.is_compiling():
         return _apply_uncompiled(function, *inputs) if transformed() else function.apply(*inputs)
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)
+        return _apply_uncompiled(function, *inputs)  # what calls this may have been left to Python by a compiler
     # The checker wants a super() of the class that it stands in; this one is handed in.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
@@ -37,7 +37,7 @@ _apply_uncompiled = torch.compiler.disable(
 def forward_alone(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Return the results of ``function``, of which no derivative is asked for; vmap finds its rule."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)
+        return _apply_uncompiled(function, *inputs)
     return function.forward(*inputs)
 
 

@@ -1,6 +1,6 @@
 """The diagonal linear recurrence: the public functions."""
 
-from typing import Literal, overload
+from typing import Any, Literal, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from fastwkv.ops.derivatives import differentiated
 from fastwkv.ops.linear_scan_autograd import as_complex, scan
 from fastwkv.ops.vmap import plain
 from fastwkv.reference.wkv import required
+
+_STATES = torch.float32, torch.float64, torch.complex64, torch.complex128  # the dtypes that states have
 
 
 @overload
@@ -75,8 +77,10 @@ def linear_scan(
     becomes NaN). Two runs give the same bits.
 
     Gradients of every order reach a (or log_a), x and the initial state, from h and from the final state, in reverse
-    and in forward mode; ``torch.func.vmap`` over them is not supported. With a complex a they follow PyTorch's
-    convention (the gradient is that of the conjugate), and a real x gets the real part.
+    and in forward mode. With a complex a they follow PyTorch's convention (the gradient is that of the conjugate), and
+    a real x gets the real part. ``torch.func.vmap`` over any argument is one call over more rows or channels, with all
+    of these derivatives; mapped ``cu_seqlens`` are one call each. Within forward mode and transforms of functions
+    ``torch.compile`` leaves the call to Python, and refuses it where the graph must be whole.
 
     Args:
         a: the multiplier, ``[C]`` for one that is the same at every token, or ``[B, T, C]``. None, or left out, if
@@ -87,12 +91,13 @@ def linear_scan(
         initial_state: h before the first token (with ``reverse``: after the last); zero if None. One row a sequence:
             ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
         log_a: the multiplier as ``a = exp(log_a)``, for gates that are computed so: 16 bits tell 0.999 from 1 in log a
-            but not in a. -inf makes a = 0. The shapes are those of ``a``. If it is real, e^{log a} is not rounded to
-            the dtype of the states.
+            but not in a. -inf makes a = 0. The shapes are those of ``a``. Beside a wider x it is made wider before it
+            is exponentiated, and where h is real, e^{log a} is not rounded to the dtype of the states.
         reverse: run from the last token to the first: ``h_t = a_t h_{t+1} + x_t``.
         return_state: return the state after the last token of every sequence too (with ``reverse``: after the first).
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
-            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``.
+            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``. A sequence may be empty, and then its final state is its
+            initial state. What is checked where, and what becomes of tokens of no sequence: as for :func:`wkv`.
 
     a and x may each be float32, float64, bfloat16, float16, complex64 or complex128. An ``a`` near 1 needs float32,
     beside an x of 16 bits too.
@@ -143,6 +148,8 @@ def linear_scan_step(
         TypeError, ValueError: as :func:`linear_scan`.
 
     """
+    if log_a is None and _are_alike(a_t, x_t, state):
+        return torch.addcmul(x_t, a_t, state)  # one launch, and differentiable
     name, a, log = _multiplier("a_t", a_t, log_a)
     checks.check_floating_or_complex(**{name: a}, x_t=x_t)
     pairs = checks.are_pairs("B C", name, a, x_t=x_t)
@@ -164,6 +171,28 @@ def linear_scan_step(
     if state_dtype.is_complex:
         a, x_t = a.to(state_dtype), x_t if x_t.dim() == 3 else x_t.to(state_dtype)
     return torch.ops.fastwkv.linear_scan_step(plain(a), plain(x_t), plain(state), log)
+
+
+def _are_alike(a: Any, x: Any, state: Any) -> TypeGuard[Tensor]:
+    """Whether these are what a step asks for, of one dtype: all checks of the ordinary case in as few words as can be.
+
+    The product and the sum take a few microseconds, and so would the checks that find words for what is wrong.
+    """
+    if not (isinstance(a, Tensor) and isinstance(x, Tensor) and isinstance(state, Tensor)):
+        return False
+    dtype, device, strided = x.dtype, x.device, torch.strided
+    if dtype not in _STATES or a.dtype != dtype or state.dtype != dtype or a.device != device or state.device != device:
+        return False
+    if x.is_nested or a.is_nested or state.is_nested or x.layout != strided or a.layout != strided:
+        return False
+    shape = x.shape
+    return (
+        state.layout == strided
+        and len(shape) == 2
+        and state.shape == shape
+        and (a.shape == shape or a.shape == shape[1:])
+        and 0 not in shape
+    )
 
 
 def _multiplier(name: str, a: Tensor | None, log_a: Tensor | None) -> tuple[str, Tensor, bool]:

@@ -20,8 +20,7 @@ def scan_between_products(
 
     x is gone before y is there. The gradient of h, as large as h, is seen by this backward pass alone: that of x takes
     its memory, and h is gone before the gradient of u is there. Derivatives of second order are those of
-    :func:`fastwkv.linear_scan`; there is no forward mode and no rule for vmap, but of its gradients. Nothing is
-    checked.
+    :func:`fastwkv.linear_scan`; there is no forward mode, and no vmap but of its gradients. Nothing is checked.
 
     Args:
         u: ``[B, T, H]``.

@@ -76,8 +76,13 @@ def wkv(
 
     Sums and states are float32, whatever the inputs (float64 if any input is float64). No exponential overflows for
     any finite w, u, k; a sum of values must fit that dtype. ``k = -inf`` marks an absent token: it has no weight, yet
-    the past decays over it. Where nothing has any weight y is 0. Two runs give the same bits. Gradients reach w, u, k,
-    v and the initial state, from y and from the final state; a second derivative is not supported.
+    the past decays over it. Where nothing has any weight y is 0. Exponents end where float32 does, in float64 too: a
+    rate beyond ±1e29 is taken for ±1e29, and so it is in the final state, and a key below -3.4e38 for an absent token.
+    Two runs give the same bits.
+
+    Gradients reach w, u, k, v and the initial state, from y and from the final state; a second derivative and forward
+    mode are not supported, and say so. ``torch.func.vmap`` over any argument is one call over more rows or channels;
+    mapped ``cu_seqlens`` are one call each.
 
     Args:
         w: ``[C]``, decay rate in nats a step; any finite value. What checkpoints store is its logarithm, and is not to
@@ -85,14 +90,19 @@ def wkv(
         u: ``[C]``, bonus of the current token.
         k: ``[B, T, C]``, keys. T and C need not be multiples of anything.
         v: ``[B, T, C]``, values, of the dtype of k.
-        initial_state: state before the first token; empty if None. One row a sequence: ``[B, C]``, or ``[N, C]``
+        initial_state: state before the first token; empty if None, or where num = den = 0. One row a sequence: ``[B, C]``, or ``[N, C]``
             with ``cu_seqlens``.
         time_decay: ``[C]``, the decay rate as ``w = exp(time_decay)``, which is how RWKV-4 stores it:
             ``wkv(u=u, k=k, v=v, time_decay=time_decay)``. The exponential is taken in the dtype of the sums. -inf makes
             w = 0; where w would overflow, nothing is left of the past, and the gradient is 0.
         return_state: return the state after the last token of every sequence too.
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
-            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``.
+            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``. Offsets go from 0 to T and never fall; a sequence may
+            be empty, and then its final state is its initial state, and gradients go through. On the CPU offsets are
+            checked. On a GPU the host does not wait for them: tokens of sequences that do not lie within the T tokens,
+            and tokens of none, have NaN in y and in their gradients, such sequences in their states; w and u, whose
+            gradients are sums over tokens, in theirs. With ``FASTWKV_CHECK_OFFSETS=1`` in the environment the device
+            asserts. Where a fixed T is padded, the padding is best a last sequence of its own.
 
     Each of w (or time_decay), u and k with v may be float32, float64, bfloat16 or float16.
 
