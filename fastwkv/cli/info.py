@@ -13,8 +13,8 @@ from fastwkv.nn.checkpoint import Checkpoint, open_checkpoint
 from fastwkv.nn.state import empty_wkv_state
 
 DESCRIPTION = """\
-Say what a checkpoint of RWKV-4 holds. Only headers are read, so a large one takes no longer, but names, shapes and
-sizes of all its tensors are checked.
+Say what a checkpoint of RWKV-4 holds. Only headers are read, so a large one takes no longer (unless it is compressed),
+but names, shapes and sizes of all its tensors are checked.
 """
 EPILOG = """\
 JSON has the fields version, format ("fastwkv", "hf" or "blinkdl"), layers, width, vocab_size, parameters, dtypes, bytes

@@ -29,7 +29,7 @@ _WIDE = (".time_decay", ".time_first")  # rates and bonuses: at least float32, b
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been found whole and right; nothing of it is loaded yet."""
+    """A checkpoint that has been found whole and right; nothing of it is loaded yet, unless it was compressed."""
 
     path: Path
     format: str  # one of checkpoint_names.FORMATS

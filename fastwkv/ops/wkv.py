@@ -90,8 +90,8 @@ def wkv(
         u: ``[C]``, bonus of the current token.
         k: ``[B, T, C]``, keys. T and C need not be multiples of anything.
         v: ``[B, T, C]``, values, of the dtype of k.
-        initial_state: state before the first token; empty if None, or where num = den = 0. One row a sequence: ``[B, C]``, or ``[N, C]``
-            with ``cu_seqlens``.
+        initial_state: state before the first token; empty if None, or where num = den = 0. One row a sequence:
+            ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
         time_decay: ``[C]``, the decay rate as ``w = exp(time_decay)``, which is how RWKV-4 stores it:
             ``wkv(u=u, k=k, v=v, time_decay=time_decay)``. The exponential is taken in the dtype of the sums. -inf makes
             w = 0; where w would overflow, nothing is left of the past, and the gradient is 0.
