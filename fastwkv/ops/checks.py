@@ -120,14 +120,15 @@ def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
         check_rank(dims, **tokens)
         return False
     check_rank(f"{dims} pair", **tokens)
-    if not a.is_complex() and x.shape[-1] != 2:
-        check_rank(dims, **tokens)  # which it has not: nothing looks like pairs
-    if not a.is_complex() or x.is_complex() or x.shape[-1] != 2:
+    axes, shape = _axes(dims), _shape(x)
+    if not a.is_complex():
+        hint = f"; pairs can stand beside a complex {name} only" if shape[-1] == 2 else ""
+        raise ValueError(f"{variable} must be {axes}, got shape {shape}{hint}")
+    if x.is_complex() or shape[-1] != 2:
         kind, pairs = "complex" if x.is_complex() else "real", _axes(f"{dims} 2")
-        beside = "" if a.is_complex() else f" beside a real {name}"
         raise ValueError(
-            f"{variable} must be {_axes(dims)}, or real pairs {pairs} beside a complex {name}, got a {kind} tensor of"
-            f" shape {_shape(x)}{beside}"
+            f"{variable} must be {axes}, or real pairs {pairs} beside a complex {name}, got a {kind} tensor of shape"
+            f" {shape}"
         )
     return True
 

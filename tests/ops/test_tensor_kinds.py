@@ -141,11 +141,9 @@ def test_number_for_all_channels_is_told_how():
 
 
 def test_pairs_beside_a_real_multiplier_are_told_what_they_lack():
-    pairs = torch.zeros(B, T, C, 2)
-    with pytest.raises(
-        ValueError, match=r"^x must be \[B, T, C\], or real pairs .* beside a complex a, .* beside a real a$"
-    ):
-        linear_scan(VECTOR, pairs)
+    wanted = r"^x must be \[B, T, C\], got shape \[2, 4, 4, 2\]; pairs can stand beside a complex a only$"
+    with pytest.raises(ValueError, match=wanted):
+        linear_scan(VECTOR, torch.zeros(B, T, C, 2))
 
 
 def test_arguments_behind_one_that_is_left_out_are_missed_by_name():
