@@ -15,8 +15,14 @@ from fastwkv.ops.derivatives import batched
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
-# For debugging. It costs a few launches a call, and a failure ends the process's use of the device.
-CHECK_OFFSETS_ON_DEVICE = os.environ.get("FASTWKV_CHECK_OFFSETS", "0") not in ("", "0")
+
+def offsets_are_asserted() -> bool:
+    """Whether the environment asks for offsets on a GPU to be checked there."""
+    return os.environ.get("FASTWKV_CHECK_OFFSETS", "0") not in ("", "0")
+
+
+# For debugging: it costs a few launches a call, and after a failure the process has lost the device.
+CHECK_OFFSETS_ON_DEVICE = offsets_are_asserted()
 
 # All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
 
@@ -179,8 +185,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one, but B = {batch}")
     if CHECK_OFFSETS_ON_DEVICE and cu_seqlens.device.type != "cpu" and not batched(cu_seqlens):
-        rule = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
-        torch._assert_async(rule, f"cu_seqlens must run from 0 to T = {length} without decreasing")
+        assert_offsets(cu_seqlens, length)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and not batched(cu_seqlens):
         offsets = cu_seqlens.tolist()
         ascending = all(a <= b for a, b in pairwise(offsets))
@@ -192,6 +197,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
 def _axes(dims: str) -> str:
     return f"[{dims.replace(' ', ', ')}]"
+
+
+def assert_offsets(cu_seqlens: Tensor, length: int) -> None:
+    """Let the device of the offsets end the program if they break the rule; nobody waits for it."""
+    rule = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
+    torch._assert_async(rule, f"cu_seqlens must run from 0 to T = {length} without decreasing")
 
 
 def _shape(tensor: Tensor) -> list[int]:

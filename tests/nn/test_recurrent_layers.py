@@ -81,12 +81,15 @@ def test_any_split_with_carried_state_equals_the_whole(name: str, cuts: list[int
 @every_layer
 @pytest.mark.parametrize("carried", [False, True])
 def test_packed_sequences_equal_each_on_its_own(name: str, carried: bool) -> None:
-    layer, offsets = trained(name), [0, 4, 5, 17]
+    layer, offsets = trained(name), [0, 0, 4, 5, 5, 17, 17]
     x = text(1, 17)
-    initial = layer(text(3, 5, seed=2), return_state=True)[1] if carried else None
+    initial = layer(text(6, 5, seed=2), return_state=True)[1] if carried else None
     y, final = layer(x, initial, return_state=True, cu_seqlens=torch.tensor(offsets))
-    for n in range(3):
+    for n in range(6):
         state = None if initial is None else initial[n : n + 1]
+        if offsets[n] == offsets[n + 1]:
+            assert torch.equal(final[n : n + 1], torch.zeros_like(final[:1]) if state is None else state)
+            continue
         alone, state = layer(x[:, offsets[n] : offsets[n + 1]], state, return_state=True)
         assert distance(y[:, offsets[n] : offsets[n + 1]], alone) < SAME
         assert distance(final[n : n + 1], state) < SAME

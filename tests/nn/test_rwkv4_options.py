@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import packed_lengths
 from rwkv4_models import CONFIG, SAME, distance, fields, text, trained
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from fastwkv import WKVState
 from fastwkv.nn import RWKV4, RWKV4State
 
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+lengths = packed_lengths(40, sequences=6)
 
 
 def offsets(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -55,7 +56,8 @@ def test_packed_texts_equal_one_after_the_other(lengths: list[int], carried: boo
     logits, final = model(tokens, state, cu_seqlens=offsets(lengths, dtype))
     pieces = zip(logits.split(lengths, 1), tokens.split(lengths, 1), strict=True)
     for n, (packed, piece) in enumerate(pieces):
-        expected, expected_final = model(piece, row(state, n) if state else None)
+        before = row(state, n) if state else model.empty_state(1)
+        expected, expected_final = model(piece, before) if lengths[n] else (packed, before)
         assert distance(packed, expected) < SAME
         for name, field in fields(row(final, n)).items():
             assert distance(field, fields(expected_final)[name]) < SAME, name
@@ -69,6 +71,18 @@ def test_packed_gradients_equal_one_after_the_other() -> None:
     pieces = enumerate(tokens.split(lengths, 1))
     single = torch.stack([model(piece, row(state, n))[0].square().sum() for n, piece in pieces]).sum()
     assert_same(gradients(model, packed, leaves), gradients(model, single, leaves), SAME)  # measured 3.4e-7
+
+
+def test_gradients_go_through_texts_without_tokens() -> None:
+    model = trained()
+    state, leaves = state_leaves(model, 3)
+    final = model(text(1, 4), state, cu_seqlens=offsets([0, 4, 0]))[1]
+    for n in (0, 2):
+        for name, field in fields(row(final, n)).items():
+            (gradient,) = torch.autograd.grad(field.sum(), leaves[name], retain_graph=True)
+            wanted = torch.zeros_like(gradient)
+            wanted[:, n] = 1
+            assert torch.equal(gradient, wanted), name
 
 
 def test_packed_layers_alone_start_every_text_from_an_empty_state() -> None:

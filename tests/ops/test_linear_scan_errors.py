@@ -85,7 +85,7 @@ CASES = {
         ValueError,
         r"must run from 0 to T = 6 without decreasing, got \[0, 3\]",
     ),
-    "empty sequence": (packed([0, 3, 3, T]), ValueError, r"got \[0, 3, 3, 6\]"),
+    "offsets that fall": (packed([0, 4, 3, T]), ValueError, r"got \[0, 4, 3, 6\]"),
     "state of the batch, packed": (
         packed([0, 3, T], initial_state=torch.zeros(1, C)),
         ValueError,

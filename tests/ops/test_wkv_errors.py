@@ -80,7 +80,6 @@ CASES = {
         r"must run from 0 to T = 6 without decreasing, got \[0, 3\]",
     ),
     "offsets that fall": (packed([0, 4, 2, T]), ValueError, r"got \[0, 4, 2, 6\]"),
-    "empty sequence": (packed([0, 3, 3, T]), ValueError, r"got \[0, 3, 3, 6\]"),
     "many offsets": (packed(list(range(12))), ValueError, r"got \[0, 1, 2, 3, \.\.\., 9, 10, 11\]"),
     "state of the batch, packed": (
         packed([0, 3, T], initial_state=state(1, C)),
