@@ -140,14 +140,14 @@ def filled(value: tl.constexpr, like):
 
 
 @triton.jit
-def load(ptr, offset, mask, like):
-    """Read numbers that are ``offset`` numbers away, 0 outside of the mask, in the form and dtype of another."""
+def load(ptr, offset, mask, like, other: tl.constexpr = 0.0):
+    """Read numbers that are ``offset`` numbers away, ``other`` outside of the mask, in the form and dtype of another."""
     if len(like) == 2:
-        both = tl.load(ptr + 2 * offset[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0.0)
+        both = tl.load(ptr + 2 * offset[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=other)
         re, im = tl.split(both.to(like[0].dtype))
         return (re, im)
     else:
-        return (tl.load(ptr + offset, mask=mask, other=0.0).to(like[0].dtype),)
+        return (tl.load(ptr + offset, mask=mask, other=other).to(like[0].dtype),)
 
 
 @triton.jit

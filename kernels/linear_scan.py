@@ -72,14 +72,12 @@ def edges_of(edge_ptr, rows, inside):
 def load_row(row_ptr, edge_ptr, C: tl.constexpr, c, in_c, like):
     """Read the row of a token's sequence, zeros if there are no rows; NaN for a token that belongs to none."""
     edge = tl.load(edge_ptr)
-    row = filled(0.0, like)
     if row_ptr is not None:
-        row = load(row_ptr, (edge >> 2).to(tl.int64) * C + c, has_row(edge, in_c), like)
-    nowhere = tl.where(edge < 0, float("nan"), filled(0.0, like)[0])
-    if len(like) == 2:
-        return (row[0] + nowhere, row[1] + nowhere)
+        at = (edge >> 2).to(tl.int64) * C + c
+        return load(row_ptr, at, has_row(edge, in_c), like, float("nan"))
     else:
-        return (row[0] + nowhere,)
+        part = tl.where(edge < 0, float("nan"), tl.zeros_like(like[0]))
+        return (part, part) if len(like) == 2 else (part,)
 
 
 @triton.jit

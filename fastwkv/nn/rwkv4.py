@@ -175,7 +175,7 @@ class RWKV4(nn.Module):
         self.check_inputs(tokens, state, cu_seqlens)
         if state is None:
             state = self.empty_state(tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-        one_token = tokens.shape[1] == 1
+        one_token = tokens.shape[1] == 1 and cu_seqlens is None
         x, state = self._read(tokens[:, 0] if one_token else tokens, state, cu_seqlens)
         return x[:, None] if one_token else x, state
 

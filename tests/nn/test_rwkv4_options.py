@@ -27,6 +27,10 @@ def row(state: RWKV4State, n: int) -> RWKV4State:
     return RWKV4State(att_x, ffn_x, WKVState(*wkv))
 
 
+def tensors(state: RWKV4State) -> tuple[Tensor, ...]:
+    return state.att_x, state.ffn_x, *state.wkv
+
+
 def state_leaves(model: RWKV4, batch: int) -> tuple[RWKV4State, dict[str, Tensor]]:
     """A state after some text, and the fields of it that have gradients (max is a choice of scale)."""
     state = model(text(batch, 5, seed=1))[1].detach()
@@ -56,8 +60,11 @@ def test_packed_texts_equal_one_after_the_other(lengths: list[int], carried: boo
     logits, final = model(tokens, state, cu_seqlens=offsets(lengths, dtype))
     pieces = zip(logits.split(lengths, 1), tokens.split(lengths, 1), strict=True)
     for n, (packed, piece) in enumerate(pieces):
-        before = row(state, n) if state else model.empty_state(1)
-        expected, expected_final = model(piece, before) if lengths[n] else (packed, before)
+        if not lengths[n]:
+            before = row(state, n) if state else model.empty_state(1)
+            assert all(map(torch.equal, tensors(row(final, n)), tensors(before)))
+            continue
+        expected, expected_final = model(piece, row(state, n) if state else None)
         assert distance(packed, expected) < SAME
         for name, field in fields(row(final, n)).items():
             assert distance(field, fields(expected_final)[name]) < SAME, name
@@ -77,12 +84,12 @@ def test_gradients_go_through_texts_without_tokens() -> None:
     model = trained()
     state, leaves = state_leaves(model, 3)
     final = model(text(1, 4), state, cu_seqlens=offsets([0, 4, 0]))[1]
-    for n in (0, 2):
-        for name, field in fields(row(final, n)).items():
-            (gradient,) = torch.autograd.grad(field.sum(), leaves[name], retain_graph=True)
-            wanted = torch.zeros_like(gradient)
-            wanted[:, n] = 1
-            assert torch.equal(gradient, wanted), name
+    ends = {"att_x": final.att_x, "ffn_x": final.ffn_x, "num": final.wkv.num, "den": final.wkv.den}
+    for name, leaf in leaves.items():
+        (gradient,) = torch.autograd.grad(ends[name][:, [0, 2]].sum(), leaf, retain_graph=True)
+        wanted = torch.ones_like(gradient)
+        wanted[:, 1] = 0
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_layers_alone_start_every_text_from_an_empty_state() -> None:
