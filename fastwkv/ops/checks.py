@@ -126,15 +126,14 @@ def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
         check_rank(dims, **tokens)
         return False
     check_rank(f"{dims} pair", **tokens)
-    axes, shape = _axes(dims), _shape(x)
     if not a.is_complex():
-        hint = f"; pairs can stand beside a complex {name} only" if shape[-1] == 2 else ""
-        raise ValueError(f"{variable} must be {axes}, got shape {shape}{hint}")
-    if x.is_complex() or shape[-1] != 2:
+        hint = f"; pairs can stand beside a complex {name} only" if x.shape[-1] == 2 else ""
+        raise ValueError(f"{variable} must be {_axes(dims)}, got shape {_shape(x)}{hint}")
+    if x.is_complex() or x.shape[-1] != 2:
         kind, pairs = "complex" if x.is_complex() else "real", _axes(f"{dims} 2")
         raise ValueError(
-            f"{variable} must be {axes}, or real pairs {pairs} beside a complex {name}, got a {kind} tensor of shape"
-            f" {shape}"
+            f"{variable} must be {_axes(dims)}, or real pairs {pairs} beside a complex {name}, got a {kind} tensor of"
+            f" shape {_shape(x)}"
         )
     return True
 

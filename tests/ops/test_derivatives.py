@@ -7,7 +7,7 @@ import torch
 
 from fastwkv import linear_scan, wkv
 from fastwkv.ops.derivatives import apply
-from fastwkv.ops.linear_scan import LinearScan
+from fastwkv.ops.linear_scan_autograd import LinearScan
 
 
 def inputs(*shape):

@@ -17,7 +17,7 @@ WIDER = [
 SLOW = -1e-3  # of which 16 bits make exp(0) = 1
 
 
-def inputs(log_dtype, dtype, device, fixed, T=64):
+def inputs(log_dtype, dtype, device, fixed, T=16):
     generator = torch.Generator().manual_seed(0)
     shape = (3,) if fixed else (1, T, 3)
     log_a = SLOW * (1 + torch.rand(shape, generator=generator)).to(device, log_dtype)
@@ -43,7 +43,7 @@ def test_values_gradients_and_tangents_are_those_of_the_exact_multiplier(impleme
     assert relative_error(reference.linear_scan(None, x, log_a=log_a), wanted) <= 10 * bounds[0]  # a plain loop
 
     def loss(h):
-        return (h.abs() ** 2).mean()
+        return (h * h.conj()).real.mean()
 
     wanted_gradient = torch.autograd.grad(loss(wanted), exact[0])[0].to(log_a.dtype)
     rounding = max(bounds[1], torch.finfo(log_dtype).eps)  # the gradient has the dtype of log a
