@@ -141,7 +141,7 @@ def filled(value: tl.constexpr, like):
 
 @triton.jit
 def load(ptr, offset, mask, like, other: tl.constexpr = 0.0):
-    """Read numbers that are ``offset`` numbers away, ``other`` outside of the mask, in the form and dtype of another."""
+    """Read numbers that are ``offset`` numbers away, ``other`` out of the mask, in the form and dtype of ``like``."""
     if len(like) == 2:
         both = tl.load(ptr + 2 * offset[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=other)
         re, im = tl.split(both.to(like[0].dtype))

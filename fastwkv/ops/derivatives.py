@@ -21,16 +21,10 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
-def _not_compiled_within_transforms(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    if torch.compiler.is_exporting():
-        raise RuntimeError("fastwkv's operators cannot be exported within forward mode and transforms of functions")
-    return function.apply(*inputs)
+def _apply_uncompiled(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    from fastwkv.ops.uncompiled import apply_uncompiled  # brings PyTorch's compiler, which takes a second to import
 
-
-# Compilers trace the forward pass of such a function alone, and what it calls: tangents, and the gradients of tensors
-# that are mapped, would be lost without a word. So it is left to Python; a graph that must be whole refuses that, and
-# tells the name of what is above.
-_apply_uncompiled = torch.compiler.disable(_not_compiled_within_transforms)
+    return apply_uncompiled(function, *inputs)
 
 
 def forward_alone(function: type[torch.autograd.Function], *inputs: Any) -> Any:
