@@ -128,3 +128,27 @@ def test_exponent_of_a_state_that_goes_through_is_a_constant(function):
     for gradient, value in ((gnum, 1.0), (gden, 2.0), (gmax, 0.3 + 2 * 0.5)):
         torch.testing.assert_close(gradient[1], torch.full_like(gradient[1], value), rtol=1e-12, atol=0)
         assert not gradient[0].any()
+
+
+def test_mapped_axes_go_through():
+    cut = torch.tensor([0, 0, 3, 3, 7, 7])
+    generator = torch.Generator().manual_seed(0)
+    w, k, v, u = (
+        torch.randn(shape, generator=generator).double() for shape in ((3,), (2, 1, 7, 3), (2, 1, 7, 3), (2, 3))
+    )
+    fields = torch.randn(2, 3, 5, 3, generator=generator).double().abs()
+
+    def call_wkv(k, v, u, fields):
+        y, final = wkv(w.abs(), u, k, v, WKVState(*fields), return_state=True, cu_seqlens=cut)
+        return y.square().sum() + (final.num * final.den).sum()
+
+    def call_scan(k, v, u, fields):
+        h, final = linear_scan(u.sigmoid(), k, fields[0], return_state=True, cu_seqlens=cut)
+        return (h * v).sum() + final.square().sum()
+
+    for call in (call_wkv, call_scan):
+        gradient = torch.func.grad(call, argnums=(0, 2, 3))
+        together = torch.vmap(gradient)(k, v, u, fields)
+        alone = [gradient(k[i], v[i], u[i], fields[i]) for i in range(2)]
+        for found, *single in zip(together, *alone, strict=True):
+            torch.testing.assert_close(found, torch.stack(single), rtol=1e-12, atol=1e-12)
