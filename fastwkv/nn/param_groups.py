@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, lr: float | Tensor, factor: float = 0.25, weight_decay: float = 0.05
+) -> list[dict[str, Any]]:
     """Divide the parameters of a model for AdamW by what each is, wherever it is in the model.
 
     =========================================================  ===============  ================
@@ -41,7 +43,7 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
         "lr", "weight_decay" and "lr_scale", the multiple of ``lr``.
 
     Raises:
-        TypeError: ``model`` is no module, or a rate no number.
+        TypeError: ``model`` is no module, or a rate no number (``lr`` may be a tensor of one).
         ValueError: a rate is negative or not finite.
 
     Source: for LRU and S4D arXiv 2303.06349, its appendix on the experiments, which exempts no more than the recurrence
@@ -50,7 +52,7 @@ def param_groups(model: nn.Module, lr: float, factor: float = 0.25, weight_decay
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    lr, factor = _checked("lr", lr), _checked("factor", factor)
+    lr, factor = _checked_lr(lr), _checked("factor", factor)
     weight_decay = _checked("weight_decay", weight_decay)
     recurrent: dict[nn.Parameter, float] = {}
     for module in model.modules():
@@ -77,12 +79,22 @@ def _checked(name: str, rate: Any) -> float:
     return float(rate)
 
 
+def _checked_lr(lr: Any) -> Any:
+    """Return a rate, which for optimisers that are captured or compiled is a tensor, and stays one."""
+    if isinstance(lr, Tensor) and lr.dim() == 0 and lr.is_floating_point():
+        _checked("lr", lr.item())
+        return lr
+    return _checked("lr", lr)
+
+
 def _scales(module: nn.Module, factor: float) -> dict[str, float]:
     """Return what a module says of its own parameters: the multiple of the rate of each that is of a recurrence."""
     slow, scales = getattr(module, "recurrent_parameters", ()), getattr(module, "lr_scales", {})
     # A module of somebody else's may use these names for something else.
-    found = dict.fromkeys(slow, factor) if isinstance(slow, tuple) else {}
-    return found | dict(scales) if isinstance(scales, Mapping) else found
+    found = dict.fromkeys(slow, factor) if isinstance(slow, (tuple, list, set, frozenset)) else {}
+    if isinstance(scales, Mapping):
+        found |= {name: _checked(f"lr_scales[{name!r}]", scale) for name, scale in scales.items()}
+    return found
 
 
 def _parameters(module: nn.Module, name: str) -> Iterator[nn.Parameter]:

@@ -12,6 +12,7 @@ from fastwkv.ops.linear_scan_autograd import as_complex, scan
 from fastwkv.ops.vmap import plain
 from fastwkv.reference.wkv import required
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 _STATES = torch.float32, torch.float64, torch.complex64, torch.complex128  # the dtypes that states have
 
 
@@ -178,7 +179,7 @@ def _are_alike(a: Any, x: Any, state: Any) -> TypeGuard[Tensor]:
 
     The product and the sum take a few microseconds, and so would the checks that find words for what is wrong.
     """
-    if not (isinstance(a, Tensor) and isinstance(x, Tensor) and isinstance(state, Tensor)):
+    if not (type(a) in _ORDINARY and type(x) in _ORDINARY and type(state) in _ORDINARY):
         return False
     dtype, device, strided = x.dtype, x.device, torch.strided
     if dtype not in _STATES or a.dtype != dtype or state.dtype != dtype or a.device != device or state.device != device:

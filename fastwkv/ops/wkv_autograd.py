@@ -115,8 +115,9 @@ def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
     num, den, _ = initial
     gm, gl = adjoint
     gnum = gm / _or_one(den)
-    gden = (gl - gnum * num) / _or_one(den)
-    return torch.stack((gnum, gden, torch.where(den == 0, gnum * num, gl)))
+    # Of a state that weighs far more than the first token, were it not empty, gnum may be beyond the largest number.
+    moment = torch.where(num == 0, 0, gnum * num)
+    return torch.stack((gnum, (gl - moment) / _or_one(den), torch.where(den == 0, moment, gl)))
 
 
 def _or_one(den: Tensor) -> Tensor:

@@ -39,10 +39,13 @@ def _first_keys(w: Tensor, k: Tensor, wanted: Tensor, bounds: np.ndarray, dtype:
     keys = torch.full(wanted.shape, -torch.inf, dtype=dtype)
     for n in wanted.any(1).nonzero()[:, 0].tolist():
         begin, end = bounds[n % sequences : n % sequences + 2].tolist()
-        for t in range(begin, end):
-            keys[n] = torch.where(keys[n] == -torch.inf, k[n // sequences, t] + (t - begin) * rate, keys[n])
-            if not (wanted[n] & (keys[n] == -torch.inf)).any():
-                break
+        of_sequence = k[n // sequences, begin:end]
+        if begin < end:
+            keys[n] = of_sequence[0]
+        if (wanted[n] & (keys[n] == -torch.inf)).any() and begin < end:
+            present, first = (of_sequence != -torch.inf).max(0)
+            key = of_sequence.gather(0, first[None])[0].to(dtype) + first * rate
+            keys[n] = torch.where(present, key, -torch.inf)
     return keys
 
 

@@ -191,3 +191,29 @@ def test_tied_parameter_is_held_once_and_as_what_it_is_in_a_recurrence() -> None
     assert len(set(params)) == len(params) == len(list(model.parameters()))
     assert any(p is model[0].weight for p in groups[0]["params"])
     assert groups[0]["lr_scale"] == 0.25
+
+
+@pytest.mark.parametrize("kind", [tuple, list, set])
+def test_names_of_recurrent_parameters_may_be_any_collection(kind: type) -> None:
+    layer = nn.Linear(3, 3)
+    layer.recurrent_parameters = kind(["weight"])
+    slow = next(group for group in param_groups(layer, 1e-3) if group["lr_scale"] != 1)
+    assert slow["params"][0] is layer.weight
+    assert slow["weight_decay"] == 0
+
+
+def test_rate_may_be_a_tensor_and_stays_one() -> None:
+    layer = nn.Linear(3, 3)
+    groups = param_groups(layer, torch.tensor(1e-3))
+    assert all(isinstance(group["lr"], torch.Tensor) for group in groups)
+    torch.optim.AdamW(groups)
+    with pytest.raises(ValueError, match="lr must be finite and at least 0, got nan"):
+        param_groups(layer, torch.tensor(torch.nan))
+
+
+@pytest.mark.parametrize(("scale", "error"), [("x", TypeError), (-1.0, ValueError), (float("nan"), ValueError)])
+def test_own_rates_that_are_none_are_refused_by_name(scale: object, error: type) -> None:
+    layer = nn.Linear(3, 3)
+    layer.lr_scales = {"weight": scale}
+    with pytest.raises(error, match=r"lr_scales\['weight'\] must be "):
+        param_groups(layer, 1e-3)

@@ -134,3 +134,18 @@ def test_gradients_beside_a_small_den(implementation):
         results.append((y, *gradients))
     for ours, wanted in zip(*results, strict=True):
         assert relative_error(ours, wanted) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("exponent", "level", "absent"),
+    [(0.0, -95.0, 0), (100.0, 0.0, 0), (0.0, -1000.0, 20), (1e4, 0.0, 0), (1e4, 0.0, 20), (1e38, -3.0, 20)],
+)
+def test_gradient_beyond_the_largest_number_is_infinite_and_no_nan(implementation, exponent, level, absent):
+    w, u, k, v = (t.to(implementation.device) for t in inputs(4, absent + 2, 3, level))
+    k[:, :absent] = -torch.inf
+    fields = [torch.full((1, 3), x, device=implementation.device, requires_grad=True) for x in (0.0, 0.0, exponent)]
+    y = wkv(w, u, k, v, WKVState(*fields))
+    gnum, gden, gmax = torch.autograd.grad(y.sum(), fields)
+    assert gnum.isinf().all()
+    assert gden.isinf().all()
+    assert not gmax.any()
