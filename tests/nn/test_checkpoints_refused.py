@@ -166,7 +166,7 @@ def test_file_that_needs_its_folder_is_refused(tmp_path: Path) -> None:
     refused(write_hugging_face(tmp_path) / "model.safetensors", "give the folder that holds it and its config.json")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "float32"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "int8", "float31"])
 def test_dtype_that_is_not_floating_is_refused(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16, got"):
         RWKV4.from_pretrained(write_pth(tmp_path / "model.pth", blinkdl()), dtype=dtype)
