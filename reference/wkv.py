@@ -16,7 +16,7 @@ class WKVState(NamedTuple):
     """What WKV remembers of the tokens i read so far, per channel.
 
     ``num * exp(max) = Σ exp(k_i - age_i * w) v_i`` and ``den * exp(max) = Σ exp(k_i - age_i * w)``, where the age of
-    the newest token is 0. The empty state is ``num = den = 0``, whatever ``max`` is; what comes out has -inf. A state
+    the newest token is 0. The empty state is ``num = den = 0``, whatever ``max`` is; tokens leave -inf there. A state
     that is learned may begin as zeros: num and den have gradients there, in proportion to ``exp(max)``. Each field is
     ``[B, C]`` (``[N, C]`` for N packed sequences), float32, or float64 where an input of the operator is float64.
 

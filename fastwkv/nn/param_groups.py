@@ -103,4 +103,5 @@ def _parameters(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
     if parameter is not None:
         yield parameter
     elif parametrize.is_parametrized(module, name):
+        # The checker knows no attribute that PyTorch adds to the module.
         yield from module.parametrizations[name].parameters()  # type: ignore[index, union-attr]
