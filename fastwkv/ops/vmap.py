@@ -114,7 +114,7 @@ def _in_vmap(
         given[:] = [g is not None for g in results]
         return tuple(g for g in results if g is not None)
 
-    # Its size is not known here, and any but 0 gives the whole; the stub of PyTorch takes gradients for optional.
+    # The 1 is for tensors that are not mapped. The checker does not see that those which are mapped are no None.
     whole = [
         torch._remove_batch_dim(g, level, 1, 0) if is_batched else g  # type: ignore[arg-type]
         for g, is_batched in zip(gradients, batched, strict=True)
