@@ -6,11 +6,13 @@ from pathlib import Path
 import implementations
 import pytest
 import torch
-from bench_scripts import load
 
 pytest.importorskip("tqdm")
 
-accuracy, providers, scan_inputs = map(load, ("accuracy", "providers", "scan_inputs"))
+import accuracy
+from peers import linear_scan_inputs as scan_inputs
+from peers import provider as providers
+
 RESULTS = ("h", "ga", "gx", "gh0")
 
 

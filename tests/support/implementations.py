@@ -4,7 +4,7 @@ import importlib
 
 import torch
 from hypothesis import strategies as st
-from providers import ONLY_GPU, OPERATORS, rounding_interpreter
+from peers.provider import ONLY_GPU, OPERATORS, rounding_interpreter
 
 import fastwkv  # noqa: F401 (registers the operators that are overridden here)
 
