@@ -1,14 +1,11 @@
-"""Who computes an operator: what every provider has, this package's or a peer's, and how Triton is interpreted.
+"""A provider computes an operator: this package or a peer, each in its own form.
 
 A peer that is not there says so and why (:meth:`Provider.missing`); it is imported when it is first asked for.
 """
 
-import importlib
 import importlib.util
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +13,6 @@ from ready import peers
 from torch import Tensor
 
 peers.add_to_path()
-
-OPERATORS = {  # of this package, and the file of their Triton launchers; below, those without CPU path
-    "wkv_fwd": "wkv",
-    "wkv_bwd": "wkv_bwd",
-    "wkv_step": "wkv_step",
-    "linear_scan_fwd": "linear_scan",
-    "linear_scan_bwd": "linear_scan_bwd",
-    "linear_scan_bwd_": "linear_scan_bwd",
-    "linear_scan_step": "linear_scan",
-    "packed_edges": "packing",
-}
-ONLY_GPU = dict.fromkeys(("norm_mix_", "wkv_step_gated_", "relu_squared_", "add_gated_"), "rwkv4_step")
 
 
 class Provider(ABC):
@@ -93,58 +78,6 @@ class Provider(ABC):
     def in_our_form(self, name: str, result: Tensor, inputs: Any) -> Tensor:
         """Return an output, or the gradient of a leaf, in the form of the reference."""
         return result
-
-
-@contextmanager
-def interpreted_kernels() -> Iterator[None]:
-    """Put the Triton kernels behind the public functions for CPU tensors too, where they are interpreted."""
-    override = torch.library.Library("fastwkv", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for operator, module in OPERATORS.items():
-            launcher = getattr(importlib.import_module(f"fastwkv.kernels.{module}"), operator)
-            override.impl(operator, launcher, "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        override._destroy()
-
-
-@contextmanager
-def rounding_interpreter() -> Iterator[None]:
-    """Have Triton's interpreter round to bfloat16 as every GPU does. By itself it cuts the digits off."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    language = importlib.import_module("triton.language")
-    builder = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
-
-    def rounded(self: Any, source: Any, target: Any) -> Any:
-        if target.scalar != language.bfloat16 or source.dtype.scalar not in (language.float32, language.float64):
-            return cast(self, source, target)
-        bits = torch.tensor(source.data).bfloat16().view(torch.int16).numpy().view("uint16")
-        return interpreter.TensorHandle(bits, target.scalar)
-
-    builder.cast_impl = rounded
-    try:
-        yield
-    finally:
-        builder.cast_impl = cast
-
-
-@contextmanager
-def untuned() -> Iterator[None]:
-    """Have Triton's autotuner take the first configuration. To compare them it needs a GPU."""
-    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
-    run = tuner.run
-
-    def first(self: Any, *args: Any, **options: Any) -> Any:
-        return self.fn.run(*args, **options, **self.configs[0].all_kwargs())
-
-    tuner.run = first
-    try:
-        yield
-    finally:
-        tuner.run = run
 
 
 def not_installed(package: str) -> str | None:

@@ -15,9 +15,9 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
+from common.interpreted import interpreted_kernels
 from common.program import no_garbage_collection
 from generation.decode import parameters_read
-from peers.provider import interpreted_kernels
 from piece.checking import reason, the_device
 from piece.clocks import Clocks
 from piece.generation_cases import REHEARSED, model

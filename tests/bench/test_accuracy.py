@@ -17,6 +17,7 @@ for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
 import accuracy
+from interpreted import rounding_interpreter
 from peers import provider as providers
 from peers import wkv_inputs, wkv_providers
 
@@ -113,7 +114,7 @@ def test_interpreter_rounds_to_bfloat16() -> None:
     x = torch.randn(4096) * torch.exp(20 * torch.randn(4096))
     x[:6] = torch.tensor((0.0, -0.0, torch.inf, -torch.inf, 1.99999, 1 + 2**-8))
     y = torch.empty(4096, dtype=torch.bfloat16)
-    with providers.rounding_interpreter():
+    with rounding_interpreter():
         copy[(1,)](x, y, N=4096)
     assert torch.equal(y, x.bfloat16())
 
