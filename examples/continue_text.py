@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fastwkv.nn import RWKV4, RWKV4Config, RWKV4State, generate, param_groups
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--text", type=Path, default=Path(random.__file__), help="to learn and to read (default: random.py)")
+parser.add_argument("--text", type=Path, default=Path(random.__file__), help="to learn (default: random.py)")
 parser.add_argument("--steps", type=int, default=150, help="of training (default: 150)")
 args = parser.parse_args()
 

@@ -15,12 +15,14 @@ SYMBOLS, LENGTH, HIDDEN = 8, 5, 64  # guessing is right once in eight
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return texts, and what is to be said at the end of each."""
     told = torch.randint(SYMBOLS, (size, LENGTH))
     nothing, now = torch.full((size, args.delay), SYMBOLS), torch.full((size, LENGTH), SYMBOLS + 1)
     return torch.cat((told, nothing, now), 1), told
 
 
 def trained(r_min: float, r_max: float) -> float:
+    """Return how often a network is right whose states fade by such factors a step."""
     torch.manual_seed(0)
     blocks = [LRUBlock(HIDDEN, HIDDEN, r_min, r_max) for _ in range(2)]
     network = nn.Sequential(nn.Embedding(SYMBOLS + 2, HIDDEN), *blocks, nn.Linear(HIDDEN, SYMBOLS))
