@@ -7,20 +7,18 @@ residuals are added by the products, and states change where they are.
 from collections.abc import Iterable
 from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as hooks
 
+from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.state import RWKV4State
 from fastwkv.ops.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_step_gated_
 from fastwkv.ops.time_decay import decay_rate
-
-if TYPE_CHECKING:
-    from fastwkv.nn.rwkv4 import RWKV4
 
 # Modules as they are built, level by level below the model: its ends, the blocks, their layers, and those of layers.
 _VECTORS: set[type] = {nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix}  # whose parameters are a number a channel
@@ -44,7 +42,16 @@ _hooks, _hooks_before = itemgetter("_forward_hooks"), itemgetter("_forward_pre_h
 _shape = attrgetter("shape")
 
 
-def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
+class Model(Protocol):
+    """The parts of an :class:`~fastwkv.nn.RWKV4` that a token passes through, and their sizes."""
+
+    config: RWKV4Config
+    embeddings: nn.Embedding
+    blocks: nn.ModuleList
+    ln_out: nn.LayerNorm
+
+
+def stands_for(model: Model, tokens: Tensor, state: RWKV4State) -> bool:
     """Whether :func:`run` does on a GPU what the blocks of ``model`` would do: whether they are as they were built.
 
     Hooks would not be called, and what adapters, quantisation or parametrisations put in the place of a module or of a
@@ -96,7 +103,7 @@ def _are_plain(modules: list[nn.Module], channels: tuple[int, ...]) -> bool:
     return all(_are_plain([module], channels) for module in modules)  # the ends, few and of every kind
 
 
-def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
+def run(model: Model, tokens: Tensor, state: RWKV4State) -> Tensor:
     """Read one token of every text, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
 
     The numbers are those of the blocks up to rounding, of which there is less.
