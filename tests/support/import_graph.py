@@ -1,4 +1,4 @@
-"""The import graph of a folder of Python modules: who imports whom, circles, and arrows between its rooms.
+"""The import graph of a folder of Python modules: which imports which, circles, and arrows between its rooms.
 
 An arrow is any import of another module of the folder: at the top of a module, in a function, for types alone, or by
 ``import_module`` of a name that is written out. The packages that Python runs on the way to a module are no arrows.
