@@ -17,7 +17,6 @@ from fastwkv.nn.recurrence import (
     complex_dtype,
     compute_dtypes,
     least_decay,
-    rounded_by_autocast,
 )
 from fastwkv.ops.checks import check_bool
 from fastwkv.ops.derivatives import transformed
@@ -162,18 +161,14 @@ class LRU(nn.Module):
         check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
-        check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
-        # D u comes first, so that the backward pass, which keeps its gradient of u, comes to it last.
-        skip = self._skip(u) if torch.is_grad_enabled() else None
-        if skip is None or self.bidirectional or torch.compiler.is_compiling() or transformed():
-            h, final = self._scan(u, state, cu_seqlens)
-            y = self._read(h, self._skip(u) if skip is None else skip)
-        else:
-            dtype = rounded_by_autocast(u, skip.dtype)
-            into, out = self._into(u).to(dtype), self._out(dtype)
-            y, final = scan_between_products(u.to(dtype), into, self._multiplier(u), out, state, cu_seqlens)
-            y = y.to(skip.dtype).add_(skip)
-        y = y.to(u.dtype)
+        products, recurrence = compute_dtypes(u, self.D)
+        check_carried(state, self.state, complex_dtype(recurrence), u, cu_seqlens)
+        # With gradients D u comes first: so the backward pass comes to it last, and holds its gradient of u no longer.
+        skip = self._skip(u, products) if torch.is_grad_enabled() else None
+        a, into, out = self._decay(recurrence), self._into(products, recurrence), self._out(products)
+        scanned = _scan_both_ways if self.bidirectional else scan_between_products
+        y, final = scanned(u, into, a, out, state, cu_seqlens)
+        y = _plus(y.to(products), self._skip(u, products) if skip is None else skip).to(u.dtype)
         return (y, final) if return_state else y
 
     if TYPE_CHECKING:
@@ -195,64 +190,56 @@ class LRU(nn.Module):
         """
         check_tokens("B H", self.hidden, u_t=u_t)
         self._check_one_direction(True)
-        check_carried(state, self.state, self._state_dtype(u_t), u_t)
+        products, recurrence = compute_dtypes(u_t, self.D)
+        state_dtype = complex_dtype(recurrence)
+        check_carried(state, self.state, state_dtype, u_t)
         if state is None:
-            state = torch.zeros(u_t.shape[0], self.state, dtype=self._state_dtype(u_t), device=u_t.device)
-        state = linear_scan_step(self._multiplier(u_t), self._project(u_t), state)
-        return self._read(torch.view_as_real(state), self._skip(u_t)).to(u_t.dtype), state
+            state = torch.zeros(u_t.shape[0], self.state, dtype=state_dtype, device=u_t.device)
+        x_t = F.linear(u_t.to(products), self._into(products, recurrence)).unflatten(-1, (-1, 2))
+        state = linear_scan_step(self._decay(recurrence), x_t, state)
+        y_t = F.linear(torch.view_as_real(state).flatten(-2).to(products), self._out(products)).to(products)
+        return _plus(y_t, self._skip(u_t, products)).to(u_t.dtype), state
 
     def extra_repr(self) -> str:
         """Return the sizes, for print."""
         return f"hidden={self.hidden}, state={self.state}, bidirectional={self.bidirectional}"
 
-    def _state_dtype(self, u: Tensor) -> torch.dtype:
-        return complex_dtype(compute_dtypes(u, self.D)[1])
-
-    def _multiplier(self, u: Tensor) -> Tensor:
+    def _decay(self, dtype: torch.dtype) -> Tensor:
         """Return λ. It is computed in float64, since its error counts as many times as h remembers steps."""
-        _, dtype = compute_dtypes(u, self.D)
         info = torch.finfo(dtype)
         # Beyond these bounds |λ| is 0 or a phase has no digits left, but gradients would be 0 times infinity.
         nu_log = self.nu_log.double().clamp(math.log(least_decay(dtype)), math.log(-math.log(info.tiny)))
         theta_log = self.theta_log.double().clamp(max=-math.log(info.eps))
         return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp()).to(complex_dtype(dtype))
 
-    def _into(self, u: Tensor) -> Tensor:
-        """Return exp(γ_log) ⊙ B, real and imaginary part of a row in turns."""
-        _, dtype = compute_dtypes(u, self.D)
+    def _into(self, products: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """Return exp(γ_log) ⊙ B, computed in ``dtype``: the matrix whose product with u is pairs of parts."""
         weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
-        return weight.flatten(0, 1)
+        return weight.flatten(0, 1).to(products)
 
-    def _out(self, dtype: torch.dtype) -> Tensor:
-        """Return C as what is multiplied with parts in turns to have Re(C h)."""
-        return torch.stack((self.C_re, -self.C_im), 2).flatten(1).to(dtype)
+    def _out(self, products: torch.dtype) -> Tensor:
+        """Return C as the matrix whose product with pairs of parts of h is Re(C h)."""
+        return torch.stack((self.C_re, -self.C_im), 2).flatten(1).to(products)
 
-    def _project(self, u: Tensor) -> Tensor:
-        """Return exp(γ_log) ⊙ (B u) as pairs of real and imaginary part, by one real product."""
-        products, _ = compute_dtypes(u, self.D)
-        x = F.linear(u.to(products), self._into(u).to(products))
-        return x.view(*u.shape[:-1], self.state, 2)
-
-    def _scan(self, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = self._multiplier(u)
-        if not self.bidirectional:  # nothing here holds B u, which is as large as h
-            return linear_scan(a, self._project(u), state, return_state=True, cu_seqlens=cu_seqlens)
-        x = self._project(u)
-        h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
-        return torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2), final
-
-    def _skip(self, u: Tensor) -> Tensor:
-        products, _ = compute_dtypes(u, self.D)
+    def _skip(self, u: Tensor, products: torch.dtype) -> Tensor:
         return self.D.to(products) * u.to(products)
-
-    def _read(self, h: Tensor, skip: Tensor) -> Tensor:
-        """Return Re(C h) + skip for an h of pairs, by one real product."""
-        # Under autocast h has 16 bits already: made wider it would be rounded again, and kept twice.
-        h = h.flatten(-2) if h.dtype.itemsize == 2 else h.flatten(-2).to(skip.dtype)
-        y = F.linear(h, self._out(skip.dtype)).to(skip.dtype)
-        # In vmap what is mapped cannot be added in place to what is not.
-        return y + skip if transformed() else y.add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
             raise ValueError("a bidirectional layer reads the text from both ends: it has no state and no step")
+
+
+def _scan_both_ways(
+    u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Do as ``scan_between_products``, for an ``out`` that reads a scan from the last token to the first as well."""
+    assert initial is None
+    x = F.linear(u.to(into.dtype), into).unflatten(-1, (-1, 2))
+    h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
+    both = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2)
+    return F.linear(both.flatten(-2), out), final
+
+
+def _plus(y: Tensor, skip: Tensor) -> Tensor:
+    # In vmap a mapped tensor cannot be added in place to one that is not.
+    return y + skip if transformed() else y.add_(skip)

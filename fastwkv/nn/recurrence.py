@@ -80,11 +80,3 @@ def least_decay(dtype: torch.dtype) -> float:
     input never grows. In float32 it still outlasts a million steps.
     """
     return 4 * torch.finfo(dtype).eps
-
-
-def rounded_by_autocast(u: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that products of this one have on the device of u, where autocast may be on."""
-    device = u.device.type
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)

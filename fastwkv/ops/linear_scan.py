@@ -161,8 +161,8 @@ def linear_scan_step(
     checks.check_decay("B C", (B, C), **{name: a})
     state_dtype = torch.promote_types(torch.promote_types(a.dtype, x_t.dtype), torch.float32)
     _check_state("state", state, "B C", (B, C), state_dtype, x_t)
-    # As one number of float32, e^{log a} would be rounded at every token in the same way. The kernels hold a real one in
-    # two numbers, PyTorch's operators in one of float64.
+    # As one number of float32, e^{log a} would be rounded at every token in the same way. The kernels hold a real one
+    # in two numbers, PyTorch's operators in one of float64.
     composite = (log and state_dtype.is_complex) or differentiated([a, x_t, state])
     if pairs and (composite or x_t.dtype.itemsize > 2):
         x_t = as_complex(x_t, state_dtype)

@@ -54,9 +54,10 @@ def vectorised(
         return _one_by_one(function, size, in_dims, inputs)
     by_channels = inputs[cu_seqlens] is not None or CHANNELS in results
     by_channels |= any(pair is CHANNELS and dim is not None for pair, dim in zip(axes, in_dims, strict=True))
+    lengthened = [pair[by_channels] for pair in axes]
     folded = [
-        t if pair[by_channels] is None or t is None else _fold(t, dim, pair[by_channels], size)
-        for t, dim, pair in zip(inputs, in_dims, axes, strict=True)
+        t if axis is None or t is None else _fold(t, dim, axis, size)
+        for t, dim, axis in zip(inputs, in_dims, lengthened, strict=True)
     ]
     outputs = function.apply(*folded)
     dims = [None if t.numel() == 0 else pair[by_channels] for t, pair in zip(outputs, results, strict=True)]
