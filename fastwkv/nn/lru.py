@@ -33,36 +33,37 @@ class LRU(nn.Module):
         h_t = λ ⊙ h_{t-1} + exp(γ_log) ⊙ (B u_t)
         y_t = Re(C h_t) + D ⊙ u_t
 
-    At the start, λ is uniform on the ring ``r_min <= |λ| <= r_max`` with a phase in ``[0, max_phase]``, and
-    ``exp(γ_log) = √(1 - |λ|²)``, which gives h the variance of B u. Whatever the parameters become, |λ| < 1: exp(ν_log)
-    counts as at least 4 units of rounding (5e-7 in float32).
+    At the start of training, λ is uniform on the ring ``r_min <= |λ| <= r_max`` with a phase in ``[0, max_phase]``, and
+    ``exp(γ_log) = √(1 - |λ|²)``, which gives h the variance of B u. For all values of the parameters |λ| < 1:
+    exp(ν_log) counts as at least 4 units of rounding (5e-7 in float32).
 
-    A whole text and its tokens one by one give the same, as does any split of it whose state is carried::
+    A whole sequence and its tokens one by one give the same, as does any split of it whose state is carried::
 
         y = lru(u)
         y, state = lru(u, state, return_state=True)
         y_t, state = lru.step(u_t, state)
 
     Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are complex64 in 16-bit
-    models and under autocast too; what has 16 bits there, as pairs of real and imaginary part, are B u and h in memory.
-    Built under ``torch.device("meta")`` it allocates nothing.
+    models and under autocast too; there, B u and h in memory are pairs of real and imaginary parts of 16 bits. Under
+    ``torch.device("meta")`` the layer is built without memory.
 
     Args:
         hidden: H, the channels of u and y.
         state: N, the channels of h.
-        r_min, r_max: the ring, ``0 <= r_min <= r_max <= 1``.
-        max_phase: the largest phase of λ, in radians. Long texts ask for a small one.
-        bidirectional: run a second recurrence from the last token to the first, with the same λ, γ and B. C, of shape
-            ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole text at once: it has no
-            state and no step.
+        r_min: the inner radius of the ring, at least 0.
+        r_max: the outer radius of the ring, at least ``r_min`` and at most 1.
+        max_phase: the largest phase of λ, in radians. Long sequences need a small one.
+        bidirectional: whether to run a second recurrence from the last token to the first, with the same λ, γ and B. C,
+            of shape ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole sequence at once:
+            it has no state and no step.
 
-    At the start B is N(0, 1/2H) in each part, C N(0, 1) over its number of columns, and D is N(0, 1).
+    At the start of training each part of B is N(0, 1/2H), each part of C is N(0, 1/columns), and D is N(0, 1).
 
-    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as where it solves Pathfinder.
+    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as in its experiment on Pathfinder.
 
     """
 
-    # What the paper trains at a smaller rate and without weight decay; see param_groups.
+    # The paper trains these at a smaller rate and without weight decay; see param_groups.
     recurrent_parameters: ClassVar = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im")
 
     def __init__(
@@ -101,7 +102,7 @@ class LRU(nn.Module):
         u1, u2 = torch.rand(2, self.state, dtype=torch.float64, device=self.D.device)
         self.nu_log.copy_((-0.5 * (u1 * (self.r_max**2 - self.r_min**2) + self.r_min**2).log()).log())
         self.theta_log.copy_((self.max_phase * u2).log())
-        # Of the ν that was stored: 16 bits round it. Taking 1 - |λ|² as it is written would lose half of its digits.
+        # It is computed from the stored ν, which 16 bits round. 1 - |λ|² as written would lose half of its digits.
         self.gamma_log.copy_(0.5 * (-torch.expm1(-2 * self.nu_log.double().exp())).log())
         for matrix, scale in (
             (self.B_re, 2 * self.hidden),
@@ -140,22 +141,22 @@ class LRU(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts.
+        """Run over whole sequences.
 
         Args:
             u: ``[B, T, H]``, of any real floating dtype.
             state: h before the first token, complex64 ``[B, N]`` (complex128 where u or the parameters are float64);
                 zero if None.
-            return_state: return h after the last token too.
+            return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
+                ``fastwkv.linear_scan``; states are then ``[S, N]``.
 
         Returns:
             y ``[B, T, H]`` of the dtype of u; with ``return_state`` also the state.
 
         Raises:
             TypeError: an argument is of another type or dtype.
-            ValueError: a shape or offset does not fit, or a state is given to or asked of a bidirectional layer.
+            ValueError: a shape, device or offset does not fit, or a bidirectional layer is given or asked for a state.
 
         """
         check_bool(return_state=return_state)
@@ -172,20 +173,21 @@ class LRU(nn.Module):
         return (y, final) if return_state else y
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token.
 
         Args:
-            u_t: ``[B, H]``.
-            state: as for :meth:`forward`.
+            u_t: the token, ``[B, H]``.
+            state: h before it, as for ``forward``.
 
         Returns:
             y_t ``[B, H]`` of the dtype of u_t, and the state after it.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`.
+            TypeError: as for ``forward``.
+            ValueError: as for ``forward``.
 
         """
         check_tokens("B H", self.hidden, u_t=u_t)
@@ -201,7 +203,7 @@ class LRU(nn.Module):
         return _plus(y_t, self._skip(u_t, products)).to(u_t.dtype), state
 
     def extra_repr(self) -> str:
-        """Return the sizes, for print."""
+        """Return the sizes, which ``print`` shows."""
         return f"hidden={self.hidden}, state={self.state}, bidirectional={self.bidirectional}"
 
     def _decay(self, dtype: torch.dtype) -> Tensor:
@@ -226,7 +228,7 @@ class LRU(nn.Module):
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
-            raise ValueError("a bidirectional layer reads the text from both ends: it has no state and no step")
+            raise ValueError("a bidirectional layer reads a sequence from both ends: it has no state and no step")
 
 
 def _scan_both_ways(
