@@ -44,7 +44,7 @@ _shape = attrgetter("shape")
 
 
 class Model(Protocol):
-    """The parts of an :class:`~fastwkv.nn.RWKV4` that a token passes through, and their sizes."""
+    """The parts of an ``fastwkv.nn.RWKV4`` that a token passes through, and their sizes."""
 
     config: RWKV4Config
     embeddings: nn.Embedding

@@ -1,8 +1,8 @@
 """The linear scan under autograd: from checked arguments to the operators, and derivatives of every order.
 
 The derivatives of a scan are scans: the gradients are one in the other direction of time, the tangents one with another
-input. So this module is recursive, and whole: :func:`scan` is differentiated by :class:`LinearScan`, whose derivatives,
-where they are differentiated themselves, are those of :class:`ScanDerivatives`, which calls :func:`scan`.
+input. So this module is recursive, and whole: ``scan`` is differentiated by ``LinearScan``, whose derivatives,
+where they are differentiated themselves, are those of ``ScanDerivatives``, which calls ``scan``.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from fastwkv.ops.vmap import CHANNELS, ROWS, TOKENS, WHOLE, Axes, plain, takes_b
 def scan(
     a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return h and the final state, as :func:`fastwkv.linear_scan`; with ``log``, ``a`` is log a."""
+    """Return h and the final state, as ``fastwkv.linear_scan``; with ``log``, ``a`` is log a."""
     state_dtype = scan_dtypes(a, x)[1]
     pairs, T, x_dtype = x.dim() == 4, x.shape[1], x.dtype
     if state_dtype.is_complex:
@@ -126,7 +126,7 @@ class _DualLinearScan(LinearScan):
 
 
 class LinearScanAdjoint(torch.autograd.Function):
-    """The backward pass as a function that vmap knows. It is not differentiated: see :class:`ScanDerivatives`."""
+    """The backward pass as a function that vmap knows. It is not differentiated: see ``ScanDerivatives``."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def _axes_of_decay(a: Tensor, mapped: int | None) -> Axes:
 
 
 class ScanDerivatives:
-    """The derivatives of a scan at one point, in :func:`scan` and PyTorch's operators, which can be differentiated."""
+    """The derivatives of a scan at one point, in ``scan`` and PyTorch's operators, which can be differentiated."""
 
     def __init__(
         self, a: Tensor, h: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool

@@ -9,7 +9,7 @@ from fastwkv.ops.library import operator
 
 
 def edges_of(cu_seqlens: Tensor | None, T: int, reverse: bool = False) -> Tensor | None:
-    """Return :func:`packed_edges` for a GPU, None where the kernels read the offsets themselves.
+    """Return ``packed_edges`` for a GPU, None where the kernels read the offsets themselves.
 
     The programs of a GPU do not know the sequences: each token says which one it belongs to.
     """
