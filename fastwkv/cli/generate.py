@@ -11,7 +11,7 @@ from fastwkv.cli import arguments
 from fastwkv.cli.arguments import UsageError
 from fastwkv.cli.position import Position, check_writable
 from fastwkv.cli.session import Session
-from fastwkv.cli.text import Text, open_text
+from fastwkv.cli.tokenizer import Tokenizer, open_tokenizer
 from fastwkv.cli.world import FILE_NAME
 from fastwkv.nn import RWKV4, RWKV4Config
 from fastwkv.nn.checkpoint import open_checkpoint
@@ -80,17 +80,17 @@ def run(args: argparse.Namespace) -> int:
     loaded = Position.load(args.load_state, config, dtype) if args.load_state else None
     if args.save_state:
         check_writable(args.save_state)
-    text = open_text(args.tokenizer, args.model, config.vocab_size, args.bytes)
-    tokens = _tokens(args, text, config.vocab_size)
+    tokenizer = open_tokenizer(args.tokenizer, args.model, config.vocab_size, args.bytes)
+    tokens = _tokens(args, tokenizer, config.vocab_size)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or arguments.default_device()
     model = RWKV4.from_pretrained(args.model, dtype=dtype, device=device)
     if loaded:
-        session = Session(model, text, loaded.to(device), tokens)
+        session = Session(model, tokenizer, loaded.to(device), tokens)
     else:
         first, *rest = tokens or [_FIRST_TOKEN]
-        session = Session(model, text, Position(model.empty_state(1), first), rest, read=1)
+        session = Session(model, tokenizer, Position(model.empty_state(1), first), rest, read=1)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return session.run(args.tokens, args.stop_token, args.save_state, sampling)
 
@@ -101,9 +101,9 @@ def _sizes(args: argparse.Namespace) -> tuple[RWKV4Config, torch.dtype]:
     return checkpoint.config, args.dtype or checkpoint.tensors["embeddings.weight"].dtype
 
 
-def _tokens(args: argparse.Namespace, text: Text, vocab_size: int) -> list[int]:
+def _tokens(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the tokens of the prompt, if the model has them all."""
-    tokens = text.encode(_prompt(args))
+    tokens = tokenizer.encode(_prompt(args))
     if (highest := max(tokens, default=0)) >= vocab_size:
         raise UsageError(f"token {highest} of the prompt is outside the model's vocabulary of {vocab_size} tokens")
     if args.stop_token is not None and args.stop_token >= vocab_size:

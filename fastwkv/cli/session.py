@@ -7,12 +7,12 @@ from typing import Any
 
 from fastwkv.cli.output import progress, write
 from fastwkv.cli.position import Position, advance
-from fastwkv.cli.text import Text
+from fastwkv.cli.tokenizer import Tokenizer
 from fastwkv.nn import RWKV4, generate, prefill
 
-_CONTEXT = (
-    8  # tokens before the new text on which its decoding may depend: parts of a character, or the space after a word
-)
+# The number of tokens before the new text on which its decoding may depend: parts of a character, or the space after a
+# word.
+_CONTEXT = 8
 
 
 class Session:
@@ -20,16 +20,18 @@ class Session:
 
     Args:
         model: the model that reads and writes.
-        text: the tokenizer of the model.
+        tokenizer: the tokenizer of the model.
         position: the position to begin at.
         tokens: the rest of the prompt.
         read: the number of tokens of the prompt that ``position`` holds already.
 
     """
 
-    def __init__(self, model: RWKV4, text: Text, position: Position, tokens: list[int], read: int = 0) -> None:
+    def __init__(
+        self, model: RWKV4, tokenizer: Tokenizer, position: Position, tokens: list[int], read: int = 0
+    ) -> None:
         self._model = model
-        self._text = text
+        self._tokenizer = tokenizer
         self._position = position  # replaced as a whole, so that it is right after an interruption
         self._context = [position.last_token, *tokens[-_CONTEXT:]]
         self._tokens = tokens
@@ -75,7 +77,7 @@ class Session:
 
     def _write_text(self, count: int, stop_token: int | None, sampling: dict[str, Any]) -> None:
         for token in self._context:
-            self._text.decode(token)
+            self._tokenizer.decode(token)
         generation = generate(self._model, self._position.unread(), count, state=self._position.state, **sampling)
         for tensor in generation:
             token = int(tensor)
@@ -85,13 +87,13 @@ class Session:
             self._generated += 1
             stopped = token == stop_token
             if not stopped:
-                write(self._text.decode(token))
+                write(self._tokenizer.decode(token))
             assert generation.state is not None
             self._position = Position(generation.state, token)
             if stopped:
                 break
         if self._generated:
-            write(self._text.finish())
+            write(self._tokenizer.finish())
 
     def _report(self) -> None:
         """Print the speeds. The first prediction counts as reading: its logits are those of the prompt."""

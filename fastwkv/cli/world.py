@@ -10,7 +10,7 @@ FILE_NAME = "rwkv_vocab_v20230424.txt"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class WorldText:
+class WorldTokenizer:
     """A tokenizer whose tokens are strings of bytes, one for each byte too; a text is cut into the longest, in order.
 
     Token 0, the end of a text, has no bytes. It, tokens that the file lacks, and invalid UTF-8 are decoded as U+FFFD.

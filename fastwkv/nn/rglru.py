@@ -14,7 +14,7 @@ from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, comp
 from fastwkv.ops import checks
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
-C = 8.0  # the recurrence gate reaches from a^0 to a^C
+EXPONENT = 8.0  # c in the paper: the recurrence gate reaches from a^0 to a^c
 
 
 class RGLRU(nn.Module):
@@ -69,7 +69,7 @@ class RGLRU(nn.Module):
         """Set every parameter to its value at the start of training, computed in float64."""
         u = torch.rand(self.hidden, dtype=torch.float64, device=self.Lambda.device)
         a = self.a_min + (self.a_max - self.a_min) * u
-        self.Lambda.copy_(torch.expm1(-a.log() / C).log())
+        self.Lambda.copy_(torch.expm1(-a.log() / EXPONENT).log())
         for weight, bias in ((self.W_a, self.b_a), (self.W_x, self.b_x)):
             weight.copy_(torch.randn_like(weight, dtype=torch.float64) / math.sqrt(weight.shape[1]))
             bias.zero_()
@@ -192,7 +192,7 @@ class RGLRU(nn.Module):
             torch.sigmoid(torch.einsum("...hi,hij->...hj", blocks, weight.to(products)).flatten(-2).to(dtype) + bias)
             for weight, bias in ((self.W_a, self.b_a), (self.W_x, self.b_x))
         )
-        log_a = C * F.logsigmoid(-self.Lambda.to(dtype)) * r  # softplus itself is cut off above 20
+        log_a = EXPONENT * F.logsigmoid(-self.Lambda.to(dtype)) * r  # softplus itself is cut off above 20
         # Where r is 0, so is 1 - a², and the gradient of its root would be infinity times 0.
         scale = (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(dtype).tiny).sqrt()
         if starts is not None:

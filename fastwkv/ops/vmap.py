@@ -53,14 +53,14 @@ def vectorised(
     if in_dims[cu_seqlens] is not None:
         return _one_by_one(function, size, in_dims, inputs)
     by_channels = inputs[cu_seqlens] is not None or CHANNELS in results
-    by_channels |= any(pair is CHANNELS and dim is not None for pair, dim in zip(axes, in_dims, strict=True))
-    lengthened = [pair[by_channels] for pair in axes]
+    by_channels |= any(kind is CHANNELS and dim is not None for kind, dim in zip(axes, in_dims, strict=True))
+    lengthened = [kind[by_channels] for kind in axes]
     folded = [
         t if axis is None or t is None else _fold(t, dim, axis, size)
         for t, dim, axis in zip(inputs, in_dims, lengthened, strict=True)
     ]
     outputs = function.apply(*folded)
-    dims = [None if t.numel() == 0 else pair[by_channels] for t, pair in zip(outputs, results, strict=True)]
+    dims = [None if t.numel() == 0 else kind[by_channels] for t, kind in zip(outputs, results, strict=True)]
     unfolded = [t if dim is None else t.unflatten(dim, (size, -1)) for t, dim in zip(outputs, dims, strict=True)]
     return tuple(unfolded), tuple(dims)
 

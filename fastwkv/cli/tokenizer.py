@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastwkv.cli.arguments import UsageError
-from fastwkv.cli.world import FILE_NAME, WorldText, read_vocabulary
+from fastwkv.cli.world import FILE_NAME, WorldTokenizer, read_vocabulary
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import tokenizers
 
 _BESIDE = ("tokenizer.json", FILE_NAME)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class Text(Protocol):
+class Tokenizer(Protocol):
     """A tokenizer that encodes a text at once and decodes one token by token."""
 
     def encode(self, text: bytes) -> list[int]:
@@ -27,30 +27,30 @@ class Text(Protocol):
         """Return a replacement for the rest of the tokens if they end within a character."""
 
 
-class ByteText:
+class ByteTokenizer:
     """A tokenizer whose tokens 0 to 255 are bytes; other tokens and invalid UTF-8 are decoded as U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def encode(self, text: bytes) -> list[int]:
-        """See ``Text``; any bytes will do."""
+        """See ``Tokenizer``; any bytes will do."""
         return list(text)
 
     def decode(self, token: int) -> str:
-        """See ``Text``."""
+        """See ``Tokenizer``."""
         return self._decoder.decode(bytes([token])) if token < 256 else self.finish() + _REPLACEMENT
 
     def finish(self) -> str:
-        """See ``Text``."""
+        """See ``Tokenizer``."""
         return self._decoder.decode(b"", final=True)
 
 
-class TokenizerText:
+class LibraryTokenizer:
     """The tokenizer of a ``tokenizer.json``."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        from tokenizers.decoders import DecodeStream  # here, since tokenizers is an optional dependency
+    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
+        from tokenizers.decoders import DecodeStream  # here, since it is an optional dependency
 
         self._tokenizer = tokenizer
         self._new_stream = DecodeStream
@@ -58,7 +58,7 @@ class TokenizerText:
         self._held: list[int] = []  # tokens since the last text
 
     def encode(self, text: bytes) -> list[int]:
-        """See ``Text``.
+        """See ``Tokenizer``.
 
         Raises:
             UsageError: the text is not UTF-8.
@@ -70,7 +70,7 @@ class TokenizerText:
             raise UsageError(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
 
     def decode(self, token: int) -> str:
-        """See ``Text``."""
+        """See ``Tokenizer``."""
         try:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the library raises nothing narrower when invalid UTF-8 changes text that is out already
@@ -80,11 +80,11 @@ class TokenizerText:
         return text or ""
 
     def finish(self) -> str:
-        """See ``Text``."""
+        """See ``Tokenizer``."""
         return self._tokenizer.decode(self._held, skip_special_tokens=False)
 
 
-def open_text(tokenizer: Path | None, model: Path, vocab_size: int, as_bytes: bool = False) -> Text:
+def open_tokenizer(tokenizer: Path | None, model: Path, vocab_size: int, as_bytes: bool = False) -> Tokenizer:
     """Return the tokenizer of a model.
 
     Args:
@@ -99,7 +99,7 @@ def open_text(tokenizer: Path | None, model: Path, vocab_size: int, as_bytes: bo
 
     """
     if as_bytes:
-        return ByteText()
+        return ByteTokenizer()
     folder = model if model.is_dir() else model.parent
     for path in (tokenizer,) if tokenizer is not None else (folder / name for name in _BESIDE):
         if tokenizer is not None or path.exists():
@@ -109,21 +109,21 @@ def open_text(tokenizer: Path | None, model: Path, vocab_size: int, as_bytes: bo
             f"give a --tokenizer, or --bytes if the first tokens are the bytes of UTF-8: the model has {vocab_size}"
             f" tokens, and {folder} holds neither {' nor '.join(_BESIDE)}"
         )
-    return ByteText()
+    return ByteTokenizer()
 
 
-def _read_tokenizer(path: Path) -> Text:
+def _read_tokenizer(path: Path) -> Tokenizer:
     content = path.read_bytes()
     if not content.lstrip().startswith(b"{"):
-        return WorldText(read_vocabulary(str(path), content))
+        return WorldTokenizer(read_vocabulary(str(path), content))
     try:
-        from tokenizers import Tokenizer  # here, since tokenizers is an optional dependency
+        import tokenizers  # here, since it is an optional dependency
     except ImportError:
         raise UsageError(f"{path} needs the package tokenizers: pip install 'fastwkv[cli]'") from None
     try:
-        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise UsageError(f"{path}: not a file of the tokenizers library ({error})") from None
     tokenizer.no_truncation()  # truncation and padding may have been on for training
     tokenizer.no_padding()
-    return TokenizerText(tokenizer)
+    return LibraryTokenizer(tokenizer)
