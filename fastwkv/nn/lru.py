@@ -164,7 +164,7 @@ class LRU(nn.Module):
         self._check_one_direction(state is not None or return_state)
         products, recurrence = compute_dtypes(u, self.D)
         check_carried(state, self.state, complex_dtype(recurrence), u, cu_seqlens)
-        # With gradients D u comes first: so the backward pass comes to it last, and holds its gradient of u no longer.
+        # With gradients D u comes first: so the backward pass comes to it last, and keeps its gradient of u briefly.
         skip = self._skip(u, products) if torch.is_grad_enabled() else None
         a, into, out = self._decay(recurrence), self._into(products, recurrence), self._out(products)
         scanned = _scan_both_ways if self.bidirectional else scan_between_products

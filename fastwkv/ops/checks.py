@@ -28,7 +28,7 @@ CHECK_OFFSETS_ON_DEVICE = offsets_are_asserted()
 # The checks run at every call, beside kernels of a few microseconds: they make nothing that only a message needs.
 
 _STRIDED = torch.strided
-# The layout of these says that they are dense.
+# These are not dense, although their layout says so.
 _NOT_DENSE = (MaskedTensor, SparseSemiStructuredTensor, UninitializedBuffer, UninitializedParameter)
 _OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # often written as one number for all channels
 

@@ -209,7 +209,7 @@ class ScanDerivatives:
         return torch.view_as_real(t) if self.pairs else t
 
     def _scan(self, a_or_log: Tensor, x: Tensor, initial: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        # Not with e^{log a}: as one number it is rounded, at every token in the same way.
+        # The scan takes log a, since e^{log a} as one number is rounded, at every token in the same way.
         return scan(a_or_log, x, initial, self.cu_seqlens, self.log, reverse)
 
     def _before_first_tokens(self, q: Tensor, gfinal: Tensor | None) -> Tensor:
