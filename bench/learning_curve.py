@@ -38,10 +38,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import figures
     import torch
-    from about import about_run
-    from command_line import names, positive
+    from common import figures
+    from common.about import about_run
+    from common.command_line import names, positive
     from matplotlib.axes import Axes
     from papers import figure
     from papers.language_models import HEAD, build, carried_bits, logits_of, windowed_bits
@@ -180,7 +180,7 @@ def number(value: float | None) -> float:
 
 
 def show(record: Json, path: Path) -> str:
-    """Draw loss against bytes learned from and against time, with the yardsticks; return a table, and what is missed."""
+    """Draw loss against bytes learned from and against time, with the yardsticks; return the summary."""
     settings, rows, device = record["settings"], record["rows"], figures.device_name(record["device"])
     what = f"{max(row['parameters'] for row in rows) / 1e6:.2g} million parameters, {settings['layers']} layers"
     what = f"{what}, width {settings['width']}, windows of {settings['length']} bytes"

@@ -29,10 +29,10 @@ from statistics import mean
 from typing import Any
 
 try:
-    import figures
     import torch
-    from about import about_run
-    from command_line import names, positive
+    from common import figures
+    from common.about import about_run
+    from common.command_line import names, positive
     from matplotlib.axes import Axes
     from papers import figure, tasks
     from papers.recurrences import Dense, Diagonal, Network, Sizes, radius

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import figures
 import matplotlib.pyplot as plt
-from figures import FAINT, INK, STYLE
+from common import figures
+from common.figures import FAINT, INK, STYLE
 from matplotlib.axes import Axes
 
 # The palette of Okabe and Ito, and a grey.

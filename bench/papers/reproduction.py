@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import program
-import result_file
 import torch
-from about import about_device
-from command_line import add_device, add_out, check_writable, device, parser_of, positive
+from common import program, result_file
+from common.about import about_device
+from common.command_line import add_device, add_out, check_writable, device, parser_of, positive
 from papers.training import Training
 from tqdm import tqdm
 
