@@ -29,13 +29,12 @@ With --truncated both models see consecutive windows, each row going on where it
 """
 
 import argparse
-import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import torch
@@ -65,8 +64,7 @@ BEHIND = 0.03  # how far above the transformer RWKV-4 may end
 DRAWN = {"trigram of all training text": "trigram", "gzip -9": "gzip -9"}  # of the yardsticks
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Adam without weight decay, at a rate that falls exponentially to a sixtieth: in the paper 6e-4 to 1e-5.
 
     The paper's RWKV-4 starts at the full rate; ``fastwkv.nn.param_groups`` says what has a multiple of it.
@@ -96,7 +94,7 @@ class Learner(Training):
         title, _, _, recipe = MODELS[name]
         super().__init__(title, args.steps)
         self.name, self.windows, self.held_out, self.args = name, windows, text.held_out, args
-        self.recipe = replace(recipe, rate=args.rate or recipe.rate)
+        self.recipe = recipe._replace(rate=args.rate or recipe.rate)
         self.options = [option for option in OPTIONS if getattr(args, option) and name == "rwkv4"]
         self.model = build(name, args.layers, args.width, args.length, args.seed).to(args.device)
         self.bits: float | None = None  # a byte of what was held out
@@ -109,7 +107,8 @@ class Learner(Training):
             self.model.gradient_checkpointing = True
         groups = param_groups(self.model, self.recipe.rate, weight_decay=0.0)
         optimizer = torch.optim.Adam(groups, betas=self.recipe.betas, fused=True)
-        for _ in self.steps(optimizer, lambda step: self.recipe.rate_of(step, self.total), self.windows, self.predict):
+        batches = (self.windows[step] for step in range(self.total))
+        for _ in self.steps(optimizer, partial(self.recipe.rate_of, steps=self.total), batches, self.predict):
             tick()
         self.bits = windowed_bits(self.model, self.held_out, self.args.length, self.args.device)
         if self.name == "rwkv4":
@@ -138,7 +137,7 @@ class Learner(Training):
         return {
             "model": self.name,
             "parameters": parameters(self.model),
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe._asdict(),
             "options": self.options,
             "bytes": len(self.losses) * self.args.batch * self.args.length,
             "bits": self.bits,
@@ -149,13 +148,16 @@ class Learner(Training):
         }
 
 
-def yardsticks(text: Text, seen: Sequence[bytes]) -> dict[str, float]:
-    """Return the bits a byte of what is held out, of simple predictors; ``seen`` is what the models learned from."""
+def yardsticks(text: Text, windows: Windows, steps: int) -> Json:
+    """Return the bits a byte that simple predictors need for what is held out."""
+    trigram, unigram = (ngram_bits(text.training, text.held_out, order) for order in (3, 1))
     return {
-        "trigram of all training text": ngram_bits(text.training, text.held_out, 3),
-        "trigram of what the models saw": ngram_bits(seen, text.held_out, 3),
-        "unigram of all training text": ngram_bits(text.training, text.held_out, 1),
-        "gzip -9": gzip_bits(text.held_out),
+        "yardsticks": {
+            "trigram of all training text": trigram,
+            "trigram of what the models saw": ngram_bits(windows.seen(steps), text.held_out, 3),
+            "unigram of all training text": unigram,
+            "gzip -9": gzip_bits(text.held_out),
+        }
     }
 
 
@@ -213,28 +215,31 @@ def draw_losses(axes: Axes, record: Json, widths: list[float]) -> list[figures.L
         style: Json = {"color": colour, "zorder": 3 if row["model"] == "rwkv4" else 4}
         x = [width * settings["steps_a_point"] * (n + 0.5) for n in range(len(row["curve"]))]
         axes.plot(x, [number(loss) for loss in row["curve"]], linewidth=linewidth, **style)
-        end = width * settings["steps"], number(row["bits"])
-        axes.plot(*end, "o", markersize=9, clip_on=False, **style)
-        notes = [option.replace("_", " ") for option in row["options"]] + [f"held out: {end[1]:.3f}"]
-        if row["model"] == "rwkv4":
-            notes.append(f"{number(row['carried_bits']):.3f} with its state carried")
+        notes = [option.replace("_", " ") for option in row["options"]]
+        if row["bits"] is None:  # interrupted, or not a number
+            end = x[-1], next((loss for loss in row["curve"][::-1] if loss is not None), axes.get_ylim()[1])
+        else:
+            end = width * settings["steps"], row["bits"]
+            axes.plot(*end, "o", markersize=9, clip_on=False, **style)
+            notes.append(f"held out: {row['bits']:.3f}")
+        if row["carried_bits"] is not None:
+            notes.append(f"{row['carried_bits']:.3f} with its state carried")
         notes.append(f"{row['steps_per_second']:.1f} steps/s")
-        end = end if math.isfinite(end[1]) else (end[0], axes.get_ylim()[1])
         labels.append(figures.Label(end, name, "\n".join(notes), colour))
     return labels
 
 
 def parse(program: Reproduction, arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line, and the text."""
-    option, parser = program.parser.add_argument, program.parser
+    """Read and check the command line."""
+    parser, option = program.parser, program.parser.add_argument
     option(
-        "--models", type=names("model", MODELS), default=list(MODELS), metavar="LIST", help="of " + ", ".join(MODELS)
+        "--models", type=names("model", MODELS), default=list(MODELS), metavar="LIST", help=f"of {', '.join(MODELS)}"
     )
     option("--text", type=Path, metavar="FILE", help="another text, whose last twentieth is held out")
     option("--quick", action="store_true", help="small models and few steps: less than a minute, too little to learn")
     for name, what in SIZES.items():
         option(f"--{name}", type=positive, metavar="N", help=f"{what} (default: {FULL[name]}, quick {QUICK[name]})")
-    option("--rate", type=rate, metavar="R", help="the first learning rate (default: as chosen for each model)")
+    option("--rate", type=float, metavar="R", help="the first learning rate (default: as chosen for each model)")
     option("--seed", type=int, default=0, metavar="N", help="of the weights and the order of documents (default: 0)")
     rwkv = parser.add_argument_group("how RWKV-4 is trained")
     windows = rwkv.add_mutually_exclusive_group()
@@ -247,15 +252,9 @@ def parse(program: Reproduction, arguments: list[str] | None) -> argparse.Namesp
         setattr(args, name, getattr(args, name) or size)
     if args.width % HEAD:
         parser.error(f"--width must be a multiple of {HEAD}, got {args.width}")
+    if args.rate is not None and not 0 < args.rate < math.inf:
+        parser.error(f"--rate must be positive and finite, got {args.rate}")
     return args
-
-
-def rate(text: str) -> float:
-    """Read a positive number."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -276,9 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = {"training_bytes": sum(map(len, text.training)), "held_out_bytes": sum(map(len, text.held_out))}
     about = about_run("learning_curve", args.device, chosen)
     about |= {"text": {"title": text.title, **sizes, "held_out_documents": len(text.held_out)}, "yardsticks": {}}
-    return program.carry_out(
-        learners, about, args.out, lambda: {"yardsticks": yardsticks(text, windows.seen(args.steps))}
-    )
+    measured_last = partial(yardsticks, text, windows, args.steps)
+    return program.carry_out(learners, about, args.out, measured_last)
 
 
 if __name__ == "__main__":
