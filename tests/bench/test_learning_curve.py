@@ -26,7 +26,8 @@ LINES = [f"line {n}: {n * n} is the square of {n}\n".encode() for n in range(120
 TEXT = Text("squares", tuple(b"".join(LINES[n : n + 5]) for n in range(0, 100, 5)), (b"".join(LINES[100:]),))
 ROWS, LENGTH = 4, 32
 SETTINGS = {"layers": 2, "width": 32, "length": LENGTH, "batch": ROWS, "steps": 6, "seed": 0, "rate": 2e-2}
-TINY = "--layers 1 --width 32 --length 16 --batch 2 --steps 20 --threads 1 --device cpu --text text".split()
+TINY = ["--layers", "1", "--width", "32", "--length", "16", "--batch", "2", "--steps", "20", "--threads", "1"]
+TINY += ["--device", "cpu", "--text", "text"]
 
 
 def learner(name: str = "rwkv4", **changes: Any) -> Learner:
