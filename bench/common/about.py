@@ -1,4 +1,4 @@
-"""What a result file says of the machine and the software: enough to judge the numbers, no names of hosts or paths."""
+"""The machine and the software in a result file: enough to judge the numbers, no names of hosts or paths."""
 
 import os
 import platform

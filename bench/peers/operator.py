@@ -1,11 +1,15 @@
-"""What an operator and its inputs are to ops.py and accuracy.py. What each one is says its own file."""
+"""An operator as ops.py and accuracy.py see it: its inputs, passes, bytes, targets and bounds, and who computes it.
 
+A new operator is described in one file of this room, as wkv.py is, and listed in operators.py.
+"""
+
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from peers.provider import Provider
@@ -14,6 +18,15 @@ from torch import Tensor
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
 ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4}  # of what is stored in 16 bits
+# ‖error‖/‖reference‖ beyond which a result is wrong: far above rounding, far below any mistake.
+WRONG = {
+    "float64": 1e-9,
+    "complex128": 1e-9,
+    "float32": 1e-4,
+    "complex64": 1e-4,
+    "float16": 5e-3,
+    "bfloat16": 3e-2,
+}
 GPU_SHAPES: tuple[Shape, ...] = (  # training, then long sequences by themselves
     (8, 1024, 768),
     (8, 4096, 2048),
@@ -61,7 +74,7 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a pass has to read and write, in numbers for each token and channel."""
+    """Numbers that a pass has to read and write, for each token and channel."""
 
     elements: int
     """In the dtype of the inputs."""
@@ -70,7 +83,7 @@ class Traffic:
 
 
 class Goal(NamedTuple):
-    """What this package should reach on a GPU."""
+    """The speed that this package should reach on a GPU."""
 
     where: Callable[[int, int, int], bool]
     """Whether it is meant for B, T, C."""
@@ -114,7 +127,7 @@ class Operator(ABC):
 
     @abstractmethod
     def expected_step(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Return what is compared after the first token, which follows the initial state."""
+        """Return all that is compared after the first token, which follows the initial state."""
 
     @abstractmethod
     def allowed(self, kind: str, dtype: str, tokens: int) -> dict[str, float]:
@@ -159,6 +172,20 @@ def relative_error(result: Tensor, wanted: Tensor) -> float:
         raise ValueError(f"expected {expected}, got {got}")
     error, size = (result - wanted).norm().item(), wanted.norm().item()
     return error / size if size else error
+
+
+def judged(errors: dict[Any, float], dtype: str) -> dict[str, Any]:
+    """Return the entries of a row about the errors of its results, whose status is "wrong" if one is too large."""
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    found: dict[str, Any] = {"error": errors[worst], "errors": errors, "status": "ok", "reason": None}
+    if errors[worst] <= WRONG[dtype]:  # NaN is not
+        return found
+    return found | {"status": "wrong", "reason": f"error of {worst} {errors[worst]:.1e} > {WRONG[dtype]:.0e}"}
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, for a row."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def draws(seed: int, device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 peers.add_to_path()
 
+OURS = "fastwkv"  # the provider that is this package
+
 
 class Provider(ABC):
     """One implementation of an operator, with tensors and states in its own form."""

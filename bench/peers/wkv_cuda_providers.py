@@ -28,7 +28,7 @@ class RwkvCuda(WKVProvider):
     longest sequence is a constant of the backward kernel, which is compiled for the longest that is asked for.
     """
 
-    name = label = "rwkv-cuda"
+    name, label = "rwkv-cuda", "RWKV-4's CUDA kernel"
     about = "transformers/kernels/rwkv of transformers 4.57.6, called as in RWKV-LM"
     language = "CUDA"
     log_decay = True

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from peers.operator import Inputs, Operator, relative_error
-from peers.provider import Provider
-from throughput.table import OURS
+from peers.provider import OURS, Provider
 from timing.by_turns import Task
 from timing.on_gpu import Cuda, CudaTask, StepTask
 from timing.saved_bytes import kept_bytes
