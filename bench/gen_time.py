@@ -7,7 +7,7 @@ The measurement of figure 7 of "RWKV: Reinventing RNNs for the Transformer Era" 
 carries its state (protocol "recurrent"), by fastwkv.nn.generate; "graph" tells whether its tokens were launches of a
 CUDA graph, which that records with the second token. Transformers are Hugging Face's classes with random weights, under
 two protocols: "recompute" reads the whole sequence again for every token, as the paper measured, and "kv-cache" carries
-keys and values, as people run them. Weights are random: time does not depend on them.
+keys and values, as people run them.
 
 Each time is from handing over the prompt to having the new token, with the device synchronised after each; the first
 token includes reading the prompt. Some tokens are generated beforehand and not counted. A series of few seconds runs
@@ -18,7 +18,8 @@ The exponent is the slope of log(cumulative seconds) against log(tokens), both c
 had the prompt to read; by least squares over the tokens from an eighth of the way on, each weighted by 1/token, so that
 every octave counts the same. Fewer than 16 tokens have none.
 
-Examples:
+Examples, whose weights are random, since time does not depend on them:
+
   python bench/gen_time.py
   python bench/gen_time.py --size 169m --tokens 256 --models rwkv4,opt,bloom
   python bench/gen_time.py --device cuda --size 3b --dtype bfloat16 --protocols kv-cache --out results

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from common import figures
-from common.figures import LABEL_GAP, STYLE, Json
+from common.figures import STYLE, Json
 from generation.series import in_bytes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ NAMES = {"rwkv4": "RWKV-4", "gpt-neox": "GPT-NeoX", "opt": "OPT", "bloom": "BLOO
 # The palette of Okabe and Ito: told apart under every common form of colour blindness.
 COLOURS = {"rwkv4": "#D55E00", "gpt-neox": "#0072B2", "opt": "#009E73", "bloom": "#CC79A7", "gpt-neo": "#E69F00"}
 WIDTH, HEIGHT, ABOVE_AND_BELOW = 14.0, 6.5, 2.6  # inches
+GAP = 43.0  # points from one label to the next
 LINES: dict[str, Json] = {
     "recurrent": {"linestyle": "-", "linewidth": 4.5, "zorder": 3},
     "kv-cache": {"linestyle": (0, (1, 1)), "linewidth": 2.4, "zorder": 4},
@@ -28,7 +29,7 @@ def draw(record: Json, path: Path) -> Path:
     series = [s for s in record["series"] if s["tokens"] > 0]
     # "recompute" carries nothing but the tokens.
     carrying = [s for s in series if s["protocol"] != "recompute" and s["state_or_cache_bytes"]]
-    height = max(HEIGHT, ABOVE_AND_BELOW + LABEL_GAP / 72 * len(series))
+    height = max(HEIGHT, ABOVE_AND_BELOW + GAP / 72 * len(series))
     with plt.style.context(STYLE):
         figure, (time, memory) = plt.subplots(1, 2, figsize=(WIDTH, height))
         edges = {"left": 0.06, "right": 0.805, "top": 1 - 1.4 / height, "bottom": 0.75 / height}
@@ -107,7 +108,7 @@ def _labels(axes: Axes, series: list[Json], key: str, detail: Callable[[Json], s
         name, weight = one["name"], "bold" if one["name"] == "rwkv4" else "normal"
         end = len(one[key]), one[key][-1]
         labels.append(figures.Label(end, f"{NAMES[name]}, {one['protocol']}", text, COLOURS[name], weight))
-    figures.label(axes, labels, LABEL_GAP, low=14, below_top=10)
+    figures.label(axes, labels, GAP, low=14, below_top=10)
 
 
 def _short(value: float, digits: int = 3) -> str:
