@@ -156,7 +156,6 @@ class Accuracy(Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add operators, providers, inputs, dtypes and sizes."""
         everyone = list(dict.fromkeys(name for operator in OPERATORS.values() for name in subjects(operator)))
         add_list(parser, "--ops", "operator", OPERATORS, OPERATORS)
         add_list(parser, "--providers", "provider", everyone, everyone)
@@ -172,22 +171,18 @@ class Accuracy(Program):
 
     @classmethod
     def complete(cls, args: Namespace, parser: Parser) -> None:
-        """Lay out the cases."""
         args.cases = [case for name in args.ops for case in _cases(OPERATORS[name], args)]
         if not args.cases:
             parser.error("nothing to measure: no operator of --ops has one of --dtypes and one of --providers")
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings."""
         return {"seed": self.args.seed}
 
     def packages(self) -> Iterable[str]:
-        """Return the packages of the peers."""
         found = {subject.provider.distribution for case in self.args.cases for subject in case.subjects.values()}
         return sorted(found - {None})
 
     def run(self) -> None:
-        """Compare every subject of every case."""
         total = sum(len(case.subjects) for case in self.args.cases)
         with tqdm(total=total, unit=" rows", disable=None) as bar, warnings.catch_warnings():
             # The interpreter computes with NumPy, which warns of what a GPU does in silence.
@@ -202,7 +197,6 @@ class Accuracy(Program):
 
     @classmethod
     def table(cls, record: dict[str, Any]) -> str:
-        """Return one table an operator and dtype; below it the subjects that are not available."""
         rows, texts = record["rows"], []
         for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
             names = OPERATORS[op].results
@@ -222,7 +216,6 @@ class Accuracy(Program):
 
     @classmethod
     def complaint(cls, row: dict[str, Any]) -> str | None:
-        """Return a line if this package is beyond its bounds or gave no result."""
         if not row["provider"].startswith(OURS) or row["status"] in ("ok", "unavailable"):
             return None
         case = f"{row['label']}, {row['op']}, {row['inputs']}, {row['dtype']}, T = {row['T']}"

@@ -43,7 +43,6 @@ class Decode(Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add models, lengths and repetitions."""
         option = parser.add_argument
         add_list(parser, "--sizes", "size", models.SIZES, said="on a GPU 169m,3b, on a CPU 169m")
         add_list(parser, "--dtypes", "dtype", DTYPES, said="on a GPU float32,bfloat16, on a CPU float32")
@@ -58,7 +57,6 @@ class Decode(Program):
 
     @classmethod
     def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
-        """Choose the models of the device, and lengths."""
         gpu = args.device.type == "cuda"
         args.sizes = args.sizes or (["tiny"] if args.quick else ["169m", "3b"] if gpu else ["169m"])
         args.dtypes = args.dtypes or (["float32", "bfloat16"] if gpu else ["float32"])
@@ -66,12 +64,10 @@ class Decode(Program):
             setattr(args, name, getattr(args, name) or number)
 
     def settings(self) -> Row:
-        """Return the settings."""
         shown = ("batch", "tokens", "rounds", "temperature", "seed", "quick")
         return {name: getattr(self.args, name) for name in shown} | {"prefill_tokens": self.args.prefill}
 
     def run(self) -> None:
-        """Take the copy bandwidth, then measure every size and dtype, one model in memory at a time."""
         place = self.args.device
         gpu = place.type == "cuda"
         self.about["limit"] = "weight_bytes / copy_gbps, which counts bytes read and bytes written"
@@ -96,7 +92,6 @@ class Decode(Program):
 
     @classmethod
     def table(cls, record: Row) -> str:
-        """Return all rows."""
         head = ["", "", "ms", "tokens/s", "of the limit", "peak MB"]
         lines = [
             [
@@ -117,7 +112,6 @@ class Decode(Program):
 
     @classmethod
     def complaint(cls, row: Row) -> str | None:
-        """Return a line if a graph gave other tokens."""
         return f"{row['size']} {row['dtype']}: {row['reason']}" if row["status"] == "wrong" else None
 
 

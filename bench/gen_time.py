@@ -79,7 +79,6 @@ class GenTime(program.Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add models, protocols and lengths."""
         option = parser.add_argument
         sizes = ", ".join(f"{name} ({size.layers} layers, width {size.width})" for name, size in models.SIZES.items())
         text = f"{sizes} (default: tiny on a CPU; on a GPU 3b or, below 40 GB, 430m)"
@@ -98,7 +97,6 @@ class GenTime(program.Program):
 
     @classmethod
     def complete(cls, args: Namespace, parser: Parser) -> None:
-        """Choose the size for the device, and read the prompt."""
         args.size = args.size or _default_size(args.device)
         try:
             args.text = PROMPT.encode() if args.prompt is None else args.prompt.read_bytes()
@@ -110,7 +108,6 @@ class GenTime(program.Program):
             parser.error("transformers is not installed; pip install -e '.[bench]', or run with --models rwkv4")
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings."""
         args = self.args
         return {
             "size": args.size,
@@ -127,16 +124,13 @@ class GenTime(program.Program):
         }
 
     def record(self) -> dict[str, Any]:
-        """Return the record, with all series as far as they have come."""
         return {**self.about, "series": [series.record() for series in self.series]}
 
     def save(self) -> None:
-        """Write the record, and note when."""
         super().save()
         self.saved = time.monotonic()
 
     def run(self) -> None:
-        """Measure every series, one model in memory at a time."""
         self.save()
         for name in self.args.models:
             mine = [series for series in self.series if series.name == name]
@@ -202,12 +196,10 @@ class GenTime(program.Program):
 
     @classmethod
     def table(cls, record: dict[str, Any]) -> str:
-        """Return all series."""
         return table(record["series"], record["settings"]["tokens"])
 
     @classmethod
     def draw(cls, record: dict[str, Any], folder: Path) -> list[Path]:
-        """Draw the figure."""
         return [figure.draw(record, folder / "gen_time.png")]
 
 

@@ -99,7 +99,6 @@ class HFSpeed(Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add passes and rounds."""
         option = parser.add_argument
         add_list(parser, "--passes", "pass", PASSES, PASSES)
         option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
@@ -109,15 +108,12 @@ class HFSpeed(Program):
 
     @classmethod
     def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
-        """Choose the rounds."""
         args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings."""
         return {**self.sizes, "B": 1, "T": self.length, "dtype": DTYPE, "seed": self.args.seed}
 
     def run(self) -> None:
-        """Time every pass."""
         total = len(self.args.passes) * len(PROVIDERS) * (1 + self.args.rounds)
         with tqdm(total=total, disable=None) as bar:
             for name in self.args.passes:
@@ -168,7 +164,6 @@ class HFSpeed(Program):
 
     @classmethod
     def table(cls, record: dict[str, Any]) -> str:
-        """Return all rows."""
         head = ["pass", "model", "goal", "ms", "least", "times faster", "error"]
         lines = []
         for row in record["rows"]:
@@ -180,7 +175,6 @@ class HFSpeed(Program):
 
     @classmethod
     def complaint(cls, row: dict[str, Any]) -> str | None:
-        """Return a line if the patched model gave another result."""
         if row["error"] is None or row["error"] <= WRONG[DTYPE]:  # NaN is not
             return None
         return f"{row['pass']}: wrong, error {row['error']:.1e} > {WRONG[DTYPE]:.0e}"

@@ -238,31 +238,26 @@ class Host(Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add repetitions."""
         option = parser.add_argument
         option("--rounds", type=positive, default=20, metavar="N", help="the least of them counts (default: 20)")
         option("--times", type=positive, default=200, metavar="N", help="calls of each kind in a round (default: 200)")
 
     @classmethod
     def complete(cls, args: Namespace, parser: Parser) -> None:
-        """Refuse kernels that are interpreted."""
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
             parser.error("kernels are interpreted here, which is no launch; unset TRITON_INTERPRET")
 
     def settings(self) -> Row:
-        """Return the settings."""
         args = self.args
         driver = "none" if args.device.type == "cpu" else "the GPU's"
         versions = {"triton_held": held._KNOWN, "triton": triton.__version__}
         return {"rounds": args.rounds, "times": args.times, "driver": driver} | versions
 
     def run(self) -> None:
-        """Time all calls."""
         self.add(*measure(self.args.device, self.args.rounds, self.args.times))
 
     @classmethod
     def table(cls, record: Row) -> str:
-        """Return all rows."""
         head = ["call", "pass", "us", "beyond torch.ops"]
         numbers = ("us", "beyond_torch_ops_us")
         lines = [[row["call"], row["pass"], *(cell(row[key], ".1f") for key in numbers)] for row in record["rows"]]

@@ -50,7 +50,6 @@ class LRULayer(Program):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add shapes, dtypes and forms."""
         option = parser.add_argument
         gpu, cpu = (",".join("x".join(map(str, one)) for one in group) for group in (GPU_SHAPES, CPU_SHAPES))
         text = f"BxTxHxN, comma-separated (default: GPU {gpu}; CPU {cpu})"
@@ -62,18 +61,15 @@ class LRULayer(Program):
 
     @classmethod
     def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
-        """Choose the shapes of the device."""
         usual = GPU_SHAPES if args.device.type == "cuda" else CPU_SHAPES
         args.shapes = args.shapes or (QUICK_SHAPES if args.quick else usual)
 
     def settings(self) -> Row:
-        """Return the settings."""
         about = {name: ABOUT[name] for name in self.args.providers}
         chosen = {"seed": self.args.seed, "quick": self.args.quick}
         return {**chosen, "ring": RING, "reference": REFERENCE, "providers": about}
 
     def run(self) -> None:
-        """Measure every case, one at a time in memory."""
         args = self.args
         cuda = on_gpu.Cuda(args.device) if args.device.type == "cuda" else None
         effort = by_turns.effort(args.device, quick=args.quick)
@@ -85,7 +81,6 @@ class LRULayer(Program):
 
     @classmethod
     def table(cls, record: Row) -> str:
-        """Return all rows; below them whose result is wrong and who failed."""
         rows = record["rows"]
         ours = {_case(row): row for row in rows if row["provider"] == OURS and row["status"] == "ok"}
         device = record["device"]["type"]
@@ -95,7 +90,6 @@ class LRULayer(Program):
 
     @classmethod
     def complaint(cls, row: Row) -> str | None:
-        """Return a line if this package gave a wrong result or none."""
         if row["provider"] != OURS or row["status"] == "ok":
             return None
         return f"{OURS}, {row['pass']}, {row['dtype']}: {row['status']} ({row['reason']})"

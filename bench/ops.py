@@ -51,7 +51,6 @@ class Ops(Run):
 
     @classmethod
     def options(cls, parser: Parser) -> None:
-        """Add operators, dtypes, shapes, passes and providers, and limits."""
         option = parser.add_argument
         text = f"BxTxC, BxTxCp for packed documents, comma-separated (default: {default_shapes()})"
         option("--shapes", type=layouts, metavar="LIST", help=text)
@@ -68,7 +67,6 @@ class Ops(Run):
 
     @classmethod
     def complete(cls, args: Namespace, parser: Parser) -> None:
-        """Lay out the cases; tell the peer that is compiled from sources where they are and its longest sequence."""
         args.cases = cases(args, parser)
         if args.rwkv_cuda and (absent := [name for name in SOURCES if not (args.rwkv_cuda / name).is_file()]):
             parser.error(f"there is no {absent[0]} in {str(args.rwkv_cuda)!r}")
@@ -77,18 +75,15 @@ class Ops(Run):
 
     @classmethod
     def table(cls, record: dict[str, Any]) -> str:
-        """Return every row, and then in short how far the best peer is behind."""
         rows = record["rows"]
         return f"{table.tables(rows, record['device']['type'])}\n\n{table.in_short(rows)}"
 
     @classmethod
     def draw(cls, record: dict[str, Any], folder: Path) -> list[Path]:
-        """Draw a figure an operator."""
         return figure.draw(record, folder)
 
     @classmethod
     def complaint(cls, row: dict[str, Any]) -> str | None:
-        """Return a line if this package gave a wrong result or none."""
         if row["provider"] != OURS or row["status"] not in ("wrong", "failed"):
             return None
         return f"{OURS}, {row['op']}, {row['pass']}, {row['dtype']}: {row['status']} ({row['reason']})"

@@ -39,6 +39,8 @@ class Program:
     """Of the numbers in the record."""
     chooses_device: ClassVar[bool] = True
     """Whether there is --device; without it a GPU is taken where there is one."""
+    computes: ClassVar[bool] = False
+    """Whether all is computed and nothing measured: then there is no device, and the record says so."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Read the settings; nothing is measured yet."""
@@ -104,7 +106,7 @@ class Program:
         """Read and check the command line; whatever is wrong ends the program with one line and status 2."""
         parser = parser_of(f"{cls.name}.py", sys.modules[cls.__module__].__doc__ or "")
         cls.options(parser)
-        if cls.chooses_device:
+        if cls.chooses_device and not cls.computes:
             add_device(parser)
         add_out(parser)
         text = "measure nothing: show the results in this file again, with figures beside it or in --out"
@@ -118,7 +120,7 @@ class Program:
                 check_writable(args.out, parser)
             return args
         args.out = args.out or Path()
-        args.device = device(args.device if cls.chooses_device else None, parser)
+        args.device = None if cls.computes else device(getattr(args, "device", None), parser)
         cls.complete(args, parser)
         result_file.check(cls.path(args), about_device(args.device), parser)
         return args
@@ -185,10 +187,10 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def complain_of_other_work(program: str, rows: Iterable[Json], device: torch.device) -> None:
+def complain_of_other_work(program: str, rows: Iterable[Json], device: torch.device | None) -> None:
     """Say so if other processes kept the CPU that was measured busy."""
     busy = max((row.get("other_cores") or 0 for row in rows), default=0)
-    if busy > BUSY and device.type == "cpu":
+    if busy > BUSY and device and device.type == "cpu":
         print(f"{program}: other processes kept up to {busy:.1f} cores busy: these times say little", file=sys.stderr)
 
 

@@ -6,14 +6,15 @@ A new operator is described in one file of this room, as wkv.py is, and listed i
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peers.provider import Provider
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
@@ -39,37 +40,51 @@ GPU_SHAPES: tuple[Shape, ...] = (  # training, then long sequences by themselves
 DOCUMENT = (16, 8192)  # tokens of the shortest and of the longest packed document
 
 
-class Inputs(Protocol):
-    """One call and the gradient of its output."""
+@dataclass(frozen=True)
+class Inputs(ABC):
+    """One call and the gradient of its output, whose tensors ``[B, T, C]``, ``[B, C]`` or ``[C]`` an operator adds."""
+
+    cu_seqlens: Tensor | None = field(default=None, kw_only=True)
+    """Where packed sequences start and end."""
 
     @property
-    def shape(self) -> Shape:
-        """B, T, C."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of what is read and written at every token."""
-
-    @property
+    @abstractmethod
     def gradient(self) -> Tensor:
-        """The gradient of the output."""
+        """The gradient of the output, ``[B, T, C]``."""
 
     @property
+    @abstractmethod
     def states(self) -> tuple[Tensor, ...]:
         """The initial state."""
 
     @property
-    def cu_seqlens(self) -> Tensor | None:
-        """Where packed sequences start and end."""
+    def shape(self) -> Shape:
+        """B, T, C."""
+        B, T, C = self.gradient.shape
+        return B, T, C
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensors that are read and written at every token."""
+        return self.gradient.dtype
 
     def part(self, tokens: int, channels: slice = slice(None)) -> "Inputs":
         """Return the first tokens of some channels."""
+        cut = self._each(lambda t: t[..., channels][:, :tokens] if t.dim() == 3 else t[..., channels])
+        return replace(cut, cu_seqlens=first_tokens(self.cu_seqlens, tokens))
 
     def packed(self, cu_seqlens: Tensor) -> "Inputs":
         """Return the same tokens as packed sequences."""
+        return replace(self, cu_seqlens=cu_seqlens.to(self.gradient.device))
 
     def on(self, device: torch.device) -> "Inputs":
         """Return the same on a device."""
+        moved = self._each(lambda t: t.to(device))
+        return moved if self.cu_seqlens is None else moved.packed(self.cu_seqlens)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cu_seqlens"}
+        return replace(self, **tree_map(change, own))
 
 
 @dataclass(frozen=True)
