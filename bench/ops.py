@@ -19,7 +19,7 @@ seconds is not asked for more unless named by --providers.
 
 On a CPU the time is that of a call. That of Hugging Face's backward pass, which makes and adds tensors of full size at
 every token, depends on whether the process already has that memory: here it does, from the comparison with the
-reference. By itself, in a fresh process, it takes several times as long. What the first run of each took is recorded as
+reference. By itself, in a fresh process, it takes several times as long. The time of each first run is recorded as
 "ms_first".
 
 GB/s counts compulsory bytes: what has to be read and written if all else stays on the chip. With e bytes an element,

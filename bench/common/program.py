@@ -1,4 +1,4 @@
-"""A program of the benchmarks, from its command line to its exit status, however it ends and whatever disturbs it."""
+"""A program of the benchmarks, from its command line to its exit status, however it ends."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ class Program:
     name: ClassVar[str]
     """The file of the program is NAME.py, that of its record NAME.json."""
     rows_key: ClassVar[str] = "rows"
-    """Where the record has the rows."""
+    """The entry of the record that has the rows."""
     digits: ClassVar[int] = 5
     """Of the numbers in the record."""
     chooses_device: ClassVar[bool] = True

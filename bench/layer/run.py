@@ -99,7 +99,7 @@ def named(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 @dataclass
 class Measurement:
-    """How one case is measured. ``done`` is called for every row."""
+    """The measurement of one case. ``done`` is called for every row."""
 
     case: Case
     providers: list[str]

@@ -25,7 +25,7 @@ class ScanProvider(Provider):
     log_a = False
     """Whether it takes log a in place of a."""
     time = 1
-    """Which dimension is time: 1 in ``[B, T, C]``, 2 in ``[B, C, T]``."""
+    """The dimension of time: 1 in ``[B, T, C]``, 2 in ``[B, C, T]``."""
 
     def refuses(self, which: str, inputs: Inputs) -> str | None:
         if self.gates and inputs.dtype.is_complex:
@@ -73,7 +73,7 @@ class ScanProvider(Provider):
         raise NotImplementedError
 
     def started(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        """Return x with the initial state in its first token, for who takes no initial state."""
+        """Return x with the initial state in its first token, for providers that take no initial state."""
         if h0 is None:
             return x
         first, rest = x.split((1, x.shape[self.time] - 1), self.time)

@@ -1,4 +1,4 @@
-"""An operator as ops.py and accuracy.py see it: its inputs, passes, bytes, targets and bounds, and who computes it.
+"""An operator as ops.py and accuracy.py see it: its inputs, passes, bytes, targets and bounds, and its providers.
 
 A new operator is described in one file of this room, as wkv.py is, and listed in operators.py.
 """
@@ -45,7 +45,7 @@ class Inputs(ABC):
     """One call and the gradient of its output, whose tensors ``[B, T, C]``, ``[B, C]`` or ``[C]`` an operator adds."""
 
     cu_seqlens: Tensor | None = field(default=None, kw_only=True)
-    """Where packed sequences start and end."""
+    """Offsets of packed sequences."""
 
     @property
     @abstractmethod
@@ -107,7 +107,7 @@ class Goal(NamedTuple):
 
 
 class Operator(ABC):
-    """An operator: its inputs, its reference, what its passes return and move, who computes it."""
+    """An operator: its inputs, its reference, the results and the traffic of its passes, its providers."""
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
@@ -120,10 +120,10 @@ class Operator(ABC):
     gradients: ClassVar[tuple[str, ...]]  # of a provider's leaves, in their order
     results: ClassVar[tuple[str, ...]]  # in the order of tables, the gradient of the initial state last
     traffic: ClassVar[Mapping[str, Traffic]]  # of every pass
-    # How many times faster than a peer this package should be on two CPU cores, by pass, shape and peer.
+    # Speed-ups over a peer that this package should reach on two CPU cores, by pass, shape and peer.
     targets: ClassVar[Mapping[tuple[str, Shape, str], float]] = {}
     goals: ClassVar[tuple[Goal, ...]] = ()
-    # How many times faster than the best peer it should be on a GPU; the first that is meant for a shape counts.
+    # Speed-ups over the best peer that it should reach on a GPU; the first that is meant for a shape counts.
     gpu_ratios: ClassVar[tuple[tuple[Callable[[int, int, int], bool], float], ...]] = ()
     providers: Mapping[str, Provider]
     stateless: Mapping[str, Provider] = MappingProxyType({})

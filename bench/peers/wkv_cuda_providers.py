@@ -34,7 +34,7 @@ class RwkvCuda(WKVProvider):
     log_decay = True
 
     folder: Path | None = None
-    """Where the sources are, if not in the installed transformers."""
+    """The folder of the sources, if not that in the installed transformers."""
     lengths: tuple[int, ...] = (1024,)
     """Of the sequences that will be asked for."""
 

@@ -20,7 +20,7 @@ COPIES = 16  # of small inputs, at most
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a provider is called with, in its own form."""
+    """The arguments of a provider, in its own form."""
 
     leaves: tuple[Tensor, ...]
     initial: Any
@@ -30,7 +30,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is timed: ``call`` of what ``prepare`` made of the arguments."""
+    """The timed part of a pass: ``call`` of whatever ``prepare`` made of the arguments."""
 
     prepare: Callable[[Provider, Arguments], Any]
     call: Callable[[Provider, Any], Any]

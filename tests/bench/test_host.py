@@ -1,4 +1,4 @@
-"""The host's time of a call: every row is there, beside PyTorch's own. How long anything takes is no test."""
+"""The host's time of a call: every row is there, beside PyTorch's own. No time is asserted."""
 
 import json
 
