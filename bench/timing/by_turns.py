@@ -86,7 +86,7 @@ class Task:
     def figures(self) -> dict[str, Any]:
         """Return median, minimum, quantiles and what the first run took, in milliseconds, and how many were measured.
 
-        Figures that only a GPU tells are None: on a CPU all time is the host's, and no allocator knows the peak of its memory.
+        Figures that only a GPU tells are None: on a CPU all time is the host's, and no allocator knows its peak.
         """
         ms = [1e3 * second for second in self.seconds]
         quantiles = np.quantile(ms, QUANTILES)
