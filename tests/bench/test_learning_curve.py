@@ -51,7 +51,7 @@ def one_that_matters(one: Learner) -> Learner:
     return one
 
 
-@pytest.mark.parametrize(("layers", "width"), [(1, 32), (2, 64), (6, 256)])
+@pytest.mark.parametrize(("layers", "width"), [(1, 32), (3, 96)])
 def test_both_models_have_equally_many_parameters(layers: int, width: int) -> None:
     sizes = [learning_curve.parameters(models.build(name, layers, width, 64, 0)) for name in learning_curve.MODELS]
     assert sizes[0] == 2 * 256 * width + 13 * width**2 * layers + width * (11 * layers + 4)
@@ -101,13 +101,6 @@ def test_same_settings_give_the_same_losses_and_others_do_not() -> None:
     assert first[0] == rate[0]
     assert first[1:] != rate[1:]
     assert first != seed
-
-
-def test_gradient_checkpointing_gives_the_same_losses_and_bfloat16_nearly() -> None:
-    plain, saving, half = (trained(**{o: True} if o else {}).losses for o in ("", "gradient_checkpointing", "bfloat16"))
-    assert saving == plain
-    assert half != plain
-    assert half == pytest.approx(plain, rel=2e-2)
 
 
 def test_truncated_equals_plain_for_the_first_window_and_knows_more_in_the_next() -> None:
