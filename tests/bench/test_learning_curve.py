@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, interrupt, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, interrupt
 from torch.nn import functional as F
 
 for package in ("matplotlib", "tqdm", "transformers"):
@@ -253,11 +253,10 @@ def test_what_was_missed_is_said() -> None:
     assert len(learning_curve.remarks(bits(None, 2.5))) == 4
 
 
-def test_committed_record_is_drawn_again(tmp_path: Path) -> None:
+def test_committed_record_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     committed = ROOT / "bench" / "results" / "cpu-2-cores" / "learning_curve.json"
-    done = run_script("learning_curve.py", "--redraw", str(committed), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| rwkv4       | 1.883 |        1.851 |" in done.stdout
+    assert learning_curve.main(["--redraw", str(committed), "--out", str(tmp_path)]) == 0
+    assert "| rwkv4       | 1.883 |        1.851 |" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["learning_curve.png"]
 
 
