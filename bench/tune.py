@@ -51,7 +51,7 @@ class Rows:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield all launches, by name: with them Triton's cache can be filled beforehand."""
-    from tuning import assumptions, candidates, skeleton
+    from launch_shapes import assumptions, candidates, skeleton
 
     for part in (assumptions, candidates, skeleton):
         yield from part.launches()
@@ -59,7 +59,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def run(parts: Sequence[str], cuda: Any, seconds: float, emit: Rows, rehearsal: bool) -> dict[str, Any]:
     """Run the parts and return what they lead to: rows, and the text of a diff."""
-    from tuning import assumptions, candidates, report, skeleton, turns
+    from launch_shapes import assumptions, candidates, report, skeleton, turns
 
     budget = turns.Budget(seconds)
     trials = [turns.Trial(case) for case in candidates.cases(cuda.multiprocessors, rehearsal)]
@@ -96,9 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     try:
-        from ready import triton_keys
-        from tuning import report
-        from tuning.device import Gpu, Rehearsal
+        from launch_shapes import report
+        from launch_shapes.device import Gpu, Rehearsal
+        from precompiled import triton_keys
     except ImportError as error:
         sys.exit(f"tune.py: {error}; it needs Triton, which exists on Linux only")
     place = device("cpu" if args.rehearse else None, parser)

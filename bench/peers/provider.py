@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ready import peers
 from torch import Tensor
 
-peers.add_to_path()
+fetched.add_to_path()
 
 
 class Provider(ABC):

@@ -18,7 +18,7 @@ for package in ("tqdm", "transformers"):
 
 import gpu as program
 from common import about, command_line
-from piece import parts as gpu
+from gpu_minutes import parts as gpu
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}

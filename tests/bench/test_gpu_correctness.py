@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from piece import checking, plan, scan_cases, step_cases, wkv_cases
+from gpu_minutes import checking, plan, scan_cases, step_cases, wkv_cases
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_wkv_is_checked_in_all_forms(dtype: str) -> None:
 
 
 def test_every_group_has_cases_and_each_dtype_a_group() -> None:
-    from piece import correctness
+    from gpu_minutes import correctness
 
     for group in plan.GROUPS:
         assert list(correctness.cases(group, True)), group

@@ -13,8 +13,8 @@ import pytest
 import torch
 from bench_scripts import ROOT, assert_refused
 from common import about
-from piece import commands, machine, memcheck, plan, processes, profile
-from ready import kernel_cache
+from gpu_minutes import commands, machine, memcheck, plan, processes, profile
+from precompiled import kernel_cache
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 
@@ -46,7 +46,7 @@ def test_rehearsal_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp
 @pytest.mark.parametrize("program", ["headline", "generation", "profile", "peers", "gen_time_rows"])
 def test_steps_are_rehearsed_by_their_own_programs(program: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)] if program in ("peers", "gen_time_rows") else []
-    command = [sys.executable, "-m", f"piece.{program}", "--rehearse", *out]
+    command = [sys.executable, "-m", f"gpu_minutes.{program}", "--rehearse", *out]
     environment = processes.environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def test_every_command_of_a_plan_exists() -> None:
     for steps in (plan.first(), plan.second()):
         for one in (command for step in steps for command in step.commands):
             if one.arguments[0] == "-m":
-                assert (ROOT / "bench" / "piece" / f"{one.arguments[1].removeprefix('piece.')}.py").is_file()
+                assert (ROOT / "bench" / "gpu_minutes" / f"{one.arguments[1].removeprefix('piece.')}.py").is_file()
             assert not any(re.search(r"\{\w+\}", argument) for argument in one.filled(5.0, "out"))
 
 
@@ -163,7 +163,7 @@ def test_missing_tools_and_cache_are_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_first_call_that_compiles_is_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    from piece import clocks, headline, host_clock
+    from gpu_minutes import clocks, headline, host_clock
 
     calls: list[float] = []
 

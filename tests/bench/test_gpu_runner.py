@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bench_scripts import ROOT
-from piece import commands, journal, plan, runner
+from gpu_minutes import commands, journal, plan, runner
 
 IGNORES = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(\'{"what": "up"}\', flush=True); '
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from piece import table
+from gpu_minutes import table
 
 
 def case(group: str, n: int, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 import gpu_ready
 import precompile
-from ready import kernel_cache, launchers, peers, triton_keys
+from peers import fetched
+from precompiled import kernel_cache, launchers, triton_keys
 
 LAUNCHES = """
 import torch
@@ -45,7 +46,7 @@ print(found)
 DIGESTS = """
 import sys
 from importlib import import_module
-from ready import triton_keys
+from precompiled import triton_keys
 if sys.argv[1] == "settled":
     triton_keys.settle()
 names = [name.split(".") for name in sys.argv[2:]]
@@ -227,16 +228,16 @@ def test_peers_are_fetched_once(monkeypatch, tmp_path):
         called.append(command)
         if command == "download":
             with zipfile.ZipFile(f"{arguments[-2]}/transformers.whl", "w") as archive:
-                for name in peers.SOURCES:
+                for name in fetched.SOURCES:
                     archive.writestr(f"transformers/kernels/rwkv/{name}", name)
 
-    monkeypatch.setattr(peers, "pip", pip)
+    monkeypatch.setattr(fetched, "pip", pip)
     for name in ("PACKAGES", "RWKV_CUDA"):
-        monkeypatch.setattr(peers, name, tmp_path / name)
-    assert peers.fetch() == [*peers.WHEELS, peers.TRANSFORMERS, *peers.SOURCES]
-    assert peers.fetch() == []
+        monkeypatch.setattr(fetched, name, tmp_path / name)
+    assert fetched.fetch() == [*fetched.WHEELS, fetched.TRANSFORMERS, *fetched.SOURCES]
+    assert fetched.fetch() == []
     assert called == ["install", "download"]
-    assert (tmp_path / "RWKV_CUDA" / peers.SOURCES[0]).read_text() == peers.SOURCES[0]
+    assert (tmp_path / "RWKV_CUDA" / fetched.SOURCES[0]).read_text() == fetched.SOURCES[0]
 
 
 def test_preparation_stops_at_what_fails(monkeypatch, tmp_path, capsys):
@@ -245,7 +246,7 @@ def test_preparation_stops_at_what_fails(monkeypatch, tmp_path, capsys):
     def fail():
         raise ValueError("no network")
 
-    monkeypatch.setattr(peers, "READY", tmp_path / "ready")
+    monkeypatch.setattr(fetched, "READY", tmp_path / "ready")
     monkeypatch.setattr(
         gpu_ready, "STEPS", {"one": lambda: "is there", "two": fail, "three": lambda: reached.append(3)}
     )

@@ -9,7 +9,7 @@ import pytest
 import sanitize
 import torch
 from bench_scripts import ROOT, assert_refused
-from piece import processes
+from gpu_minutes import processes
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tuning import choice
-from tuning.candidates import CONFIG, PLANS, all_variants, cases, launch_of, plan_in_use
+from launch_shapes import choice
+from launch_shapes.candidates import CONFIG, PLANS, all_variants, cases, launch_of, plan_in_use
 
 from fastwkv.kernels.config import Launch, Plan
 

@@ -80,7 +80,7 @@ class Simulated:
 
 
 class SimulatedGpu(Simulated):
-    """Takes the place of tuning.device.Gpu. What kernels count of clocks and nanoseconds is told beforehand."""
+    """Takes the place of launch_shapes.device.Gpu. What kernels count of clocks and nanoseconds is told beforehand."""
 
     multiprocessors = 132
 

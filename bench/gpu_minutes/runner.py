@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from piece import plan, processes, table
-from piece.journal import Journal
-from piece.plan import Command, Step
-from piece.processes import ROOT, Running
+from gpu_minutes import plan, processes, table
+from gpu_minutes.journal import Journal
+from gpu_minutes.plan import Command, Step
+from gpu_minutes.processes import ROOT, Running
 
 READY = ROOT / "build" / "gpu-ready"  # what a machine without a GPU has prepared
 CACHE = READY / "cache.tar.xz"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from common.result_file import markdown
-from tuning.candidates import CONFIG, PLANS, Case, all_variants, plan_in_use
-from tuning.choice import Cell, Comparison, config_diff, plan_text, propose
-from tuning.turns import Trial
+from launch_shapes.candidates import CONFIG, PLANS, Case, all_variants, plan_in_use
+from launch_shapes.choice import Cell, Comparison, config_diff, plan_text, propose
+from launch_shapes.turns import Trial
 
 from fastwkv.kernels.config import Launch, Plan
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launch_shapes.choice import Cell
 from torch import Tensor
-from tuning.choice import Cell
 
 from fastwkv.kernels import config
 from fastwkv.kernels.config import Launch, Plan, checkpoint_rows

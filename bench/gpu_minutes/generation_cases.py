@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from piece.checking import Case, Check, Results
+from gpu_minutes.checking import Case, Check, Results
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate

@@ -11,9 +11,9 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from common.interpreted import interpreted_kernels, rounding_interpreter
-from piece import checking, generation_cases, scan_cases, step_cases, wkv_cases
-from piece.checking import Case
-from piece.plan import GROUPS
+from gpu_minutes import checking, generation_cases, scan_cases, step_cases, wkv_cases
+from gpu_minutes.checking import Case
+from gpu_minutes.plan import GROUPS
 
 
 def cases(group: str, rehearse: bool = False) -> Iterator[Case]:

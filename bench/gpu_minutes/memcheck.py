@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 
-from piece.journal import emit
-from piece.plan import GROUPS
-from piece.processes import NOT_AVAILABLE
+from gpu_minutes.journal import emit
+from gpu_minutes.plan import GROUPS
+from gpu_minutes.processes import NOT_AVAILABLE
 
 REFUSED = "Device not supported"  # what the tool says on machines that do not let it in
 ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -24,7 +24,7 @@ def tool() -> str | None:
 def launch(group: str, rehearse: bool) -> int:
     """Launch every case of a group that is looked at; return the exit status."""
     import torch
-    from piece import checking, correctness
+    from gpu_minutes import checking, correctness
 
     device = checking.the_device(rehearse)
     for case in correctness.cases(group):
@@ -47,7 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
         return launch(args.group, args.rehearse)
     found = tool()
     options = ["--tool", "memcheck", "--error-exitcode", "1", "--report-api-errors", "no", "--print-limit", "10"]
-    command = [found or "compute-sanitizer", *options, sys.executable, "-m", "piece.memcheck", args.group, "--launch"]
+    command = [
+        found or "compute-sanitizer",
+        *options,
+        sys.executable,
+        "-m",
+        "gpu_minutes.memcheck",
+        args.group,
+        "--launch",
+    ]
     if args.rehearse or not found:
         emit(what="memcheck", group=args.group, reason="a rehearsal" if args.rehearse else "there is no such tool")
         return 0 if args.rehearse else NOT_AVAILABLE

@@ -9,8 +9,8 @@ import gen_time
 from common import program
 from common.command_line import Parser
 from generation.options import parse
-from piece.journal import emit
-from ready import triton_keys
+from gpu_minutes.journal import emit
+from precompiled import triton_keys
 
 OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
 OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")

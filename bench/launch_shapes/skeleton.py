@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from launch_shapes.candidates import ALL, DTYPES, PROGRAMS
+from launch_shapes.patterns import backward_pattern, forward_pattern
+from launch_shapes.turns import ROUNDS, Budget, Emit, turn_of
 from timing.on_gpu import CudaTask
 from torch import Tensor
-from tuning.candidates import ALL, DTYPES, PROGRAMS
-from tuning.patterns import backward_pattern, forward_pattern
-from tuning.turns import ROUNDS, Budget, Emit, turn_of
 
 from fastwkv.kernels.config import STAGES, checkpoint_rows
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from piece import reference
-from piece.checking import ROUNDING, Case, Check, Results, draws
-from piece.wkv_cases import BATCH, LENGTHS, LENGTHS_REHEARSED
+from gpu_minutes import reference
+from gpu_minutes.checking import ROUNDING, Case, Check, Results, draws
+from gpu_minutes.wkv_cases import BATCH, LENGTHS, LENGTHS_REHEARSED
 from torch import Tensor
 
 import fastwkv

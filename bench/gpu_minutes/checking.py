@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from piece.journal import emit
-from piece.reference import relative_errors
-from ready import triton_keys
+from gpu_minutes.journal import emit
+from gpu_minutes.reference import relative_errors
+from precompiled import triton_keys
 from torch import Tensor
 
 Results = dict[str, Tensor]

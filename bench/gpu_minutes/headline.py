@@ -20,11 +20,11 @@ if "--rehearse" in sys.argv:
 
 import numpy as np
 import torch
+from gpu_minutes.checking import reason, the_device
+from gpu_minutes.clocks import Clocks
+from gpu_minutes.host_clock import Immediate
+from gpu_minutes.journal import emit
 from peers.operator import documents
-from piece.checking import reason, the_device
-from piece.clocks import Clocks
-from piece.host_clock import Immediate
-from piece.journal import emit
 from timing import on_gpu
 from timing.by_turns import Effort
 from timing.on_gpu import CudaTask

@@ -3,7 +3,7 @@
 Of a kernel it holds what Triton reads when it finds it: the machine code and its description, not the stages between.
 The list of both, which Triton reads first, names absolute paths and is written where the cache is unpacked. Beside them
 are launchers in C and ``manifest.json``: versions, digests of the source files, and of each kernel what its folder is
-named after (:mod:`ready.triton_keys`).
+named after (:mod:`precompiled.triton_keys`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ready import triton_keys
+from precompiled import triton_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"

@@ -70,7 +70,7 @@ class Step:
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
     """Return the arguments that run a part of the piece as a program."""
-    return ("-m", f"piece.{name}", *arguments)
+    return ("-m", f"gpu_minutes.{name}", *arguments)
 
 
 def machine() -> Step:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from piece import journal, plan, runner, table
-from piece.processes import ROOT
+from gpu_minutes import journal, plan, runner, table
+from gpu_minutes.processes import ROOT
 
 BUDGETS = {"first": 300.0, "second": 380.0}  # seconds
 COMMANDS = (*BUDGETS, "table")

@@ -13,8 +13,8 @@ from typing import Any
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from piece.journal import emit
-from piece.processes import NOT_AVAILABLE
+from gpu_minutes.journal import emit
+from gpu_minutes.processes import NOT_AVAILABLE
 
 STALLS = (
     "long_scoreboard", "short_scoreboard", "wait", "barrier", "lg_throttle", "mio_throttle", "math_pipe_throttle",
@@ -49,8 +49,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 def launch(rehearse: bool) -> int:
     """Launch the first case of headline.py twice, of which the second is looked at."""
     import torch
-    from piece import headline
-    from piece.checking import the_device
+    from gpu_minutes import headline
+    from gpu_minutes.checking import the_device
 
     device, case = the_device(rehearse), headline.cases(rehearse)[0]
     inputs = case.draw(device)
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Of each kernel the second launch: the first two that match are not looked at.
     options = ["--clock-control", "none", "-k", KERNELS, "--launch-skip", "2", "--launch-count", "2"]
     options += ["--csv", "--metrics", ",".join(METRICS.values())]
-    command = [found, *options, sys.executable, "-m", "piece.profile", "--launch"]
+    command = [found, *options, sys.executable, "-m", "gpu_minutes.profile", "--launch"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, file=sys.stderr)
     rows = list(figures(done.stdout))

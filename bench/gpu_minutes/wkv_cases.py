@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from piece import reference
-from piece.checking import ROUNDING, Case, Check, Results, draws
+from gpu_minutes import reference
+from gpu_minutes.checking import ROUNDING, Case, Check, Results, draws
 from torch import Tensor
 
 import fastwkv

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from common.program import no_garbage_collection
+from launch_shapes.candidates import Case, call, draw
+from launch_shapes.choice import Times, ratio, undecided
 from timing.by_turns import Effort
 from timing.on_gpu import CudaTask
 from torch import Tensor
-from tuning.candidates import Case, call, draw
-from tuning.choice import Times, ratio, undecided
 
 from fastwkv.kernels.config import Launch
 

@@ -5,10 +5,10 @@ from functools import partial
 from itertools import product
 
 import torch
-from piece import reference, wkv_cases
-from piece.checking import ROUNDING, Case, Check, Results, draws
-from piece.scan_cases import DTYPES as SCAN_DTYPES
-from piece.wkv_cases import BATCH, DTYPES, meaning
+from gpu_minutes import reference, wkv_cases
+from gpu_minutes.checking import ROUNDING, Case, Check, Results, draws
+from gpu_minutes.scan_cases import DTYPES as SCAN_DTYPES
+from gpu_minutes.wkv_cases import BATCH, DTYPES, meaning
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -15,14 +15,14 @@ from typing import Any
 import ops
 import torch
 from common.command_line import Parser
+from gpu_minutes import reference
+from gpu_minutes.checking import reason
+from gpu_minutes.journal import emit
+from gpu_minutes.runner import READY
 from peers.operator import Inputs
 from peers.operators import OPERATORS
 from peers.wkv_cuda_providers import RWKV_CUDA, compiled, longest
-from piece import reference
-from piece.checking import reason
-from piece.journal import emit
-from piece.runner import READY
-from ready import triton_keys
+from precompiled import triton_keys
 from throughput import run
 from throughput.passes import checked_channels
 from throughput.plan import Case
@@ -130,9 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _find_peers() -> None:
     with contextlib.suppress(ImportError):
-        from ready import peers
+        from peers import fetched
 
-        peers.add_to_path()
+        fetched.add_to_path()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ try:
 except ImportError as error:
     sys.exit(f"gpu.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-from piece.commands import digest as code
-from piece.processes import NOT_AVAILABLE, ROOT, environment
+from gpu_minutes.commands import digest as code
+from gpu_minutes.processes import NOT_AVAILABLE, ROOT, environment
 
 LOGS = ROOT / "build" / "gpu"  # which git ignores
 LIMIT, GRACE = 510.0, 20.0  # seconds that a part may take, and then to write what it has measured

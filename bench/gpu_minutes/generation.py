@@ -18,10 +18,10 @@ import torch
 from common.interpreted import interpreted_kernels
 from common.program import no_garbage_collection
 from generation.decode import parameters_read
-from piece.checking import reason, the_device
-from piece.clocks import Clocks
-from piece.generation_cases import REHEARSED, model
-from piece.journal import emit
+from gpu_minutes.checking import reason, the_device
+from gpu_minutes.clocks import Clocks
+from gpu_minutes.generation_cases import REHEARSED, model
+from gpu_minutes.journal import emit
 from torch.profiler import ProfilerActivity, profile
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from piece.journal import emit
-from piece.runner import CACHE
+from gpu_minutes.journal import emit
+from gpu_minutes.runner import CACHE
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
 TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
@@ -57,7 +57,7 @@ def unpacked(cache: Path, folder: Path, rehearse: bool = False) -> dict[str, Any
     """
     began = time.monotonic()
     try:
-        from ready import kernel_cache
+        from precompiled import kernel_cache
     except ImportError:
         return {"kernels": 0, "reason": "nothing here was compiled beforehand"}
     if not cache.exists():

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from launch_shapes.candidates import Case, call, cases, draw, empty
+from launch_shapes.probes import chase_kernel, empty_kernel
+from launch_shapes.turns import Budget, Emit, timed
 from timing.on_gpu import copy_seconds
 from torch import Tensor
-from tuning.candidates import Case, call, cases, draw, empty
-from tuning.probes import chase_kernel, empty_kernel
-from tuning.turns import Budget, Emit, timed
 
 LINE = 64  # numbers of 4 bytes from one link of the chain to the next: no two lie in one line of a cache
 CHAINS = 5  # measured; the median counts

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from piece.processes import NOT_AVAILABLE, ROOT
+from gpu_minutes.processes import NOT_AVAILABLE, ROOT
 
 
 class Rows:
