@@ -4,8 +4,8 @@ Each module has a function ``launches()`` that yields names and calls, the most 
 CPU tensors that nothing is in, the launches that its program will make. It is run with the version of Triton that the
 machine with the GPU has; the versions of PyTorch and of Python do not matter. First the launches are gone through
 without compiling, to see which kernels are new in which; then several processes compile. What an earlier run has
-compiled is taken from its cache. At the end, or on Ctrl-C, all is packed into one file (see precompiled/kernel_cache.py). It
-fits no other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
+compiled is taken from its cache. At the end, or on Ctrl-C, all is packed into one file (precompiled/kernel_cache.py).
+It fits no other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
 """
 
 import importlib
@@ -34,7 +34,7 @@ except ImportError as error:
     sys.exit(f"precompile.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
 MODULES = (  # of gpu.py first and second, the most valuable first
-    "gpu_minutes.correctness",
+    "correctness.groups",
     "gpu_minutes.headline",
     "launch_shapes.skeleton",
     "launch_shapes.assumptions",

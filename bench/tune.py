@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     try:
-        from launch_shapes import report
+        from launch_shapes import report, table
         from launch_shapes.device import Gpu, Rehearsal
         from precompiled import triton_keys
     except ImportError as error:
@@ -118,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if emit.failures else 0
 
     def save() -> None:
-        record["rows"] = report.latest(emit.kept)
+        record["rows"] = table.latest(emit.kept)
         result_file.write(path, record)
         diff = Path(args.out) / "tune.diff"
         diff.unlink(missing_ok=True)
         if record["diff"]:
             diff.write_text(record["diff"])
-        print(report.table(record), file=sys.stderr if args.rows else sys.stdout)
+        print(report.text(record), file=sys.stderr if args.rows else sys.stdout)
 
     return run_and_save(measure, save)
 

@@ -1,15 +1,16 @@
 """The command lines of gpu.py first, second and table. Nothing here imports PyTorch: seconds count."""
 
 import argparse
+import contextlib
 import hashlib
 import os
 import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from correctness.groups import GROUPS
 from gpu_minutes import journal, plan, runner, table
 from gpu_minutes.processes import ROOT
 
@@ -37,15 +38,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         option = one.add_argument
         option("--budget", type=_seconds, default=seconds, metavar="S", help=f"of time (default: {seconds:.0f} s)")
         option("--steps", type=_names(steps), default=[], metavar="LIST", help="only these, comma-separated")
-        option("--groups", type=_names(plan.GROUPS), default=[], metavar="LIST", help="of correctness, only these")
+        option("--groups", type=_names(GROUPS), default=[], metavar="LIST", help="of correctness, only these")
         option("--commit", metavar="HASH", help="of this copy, where git cannot be asked")
-        option(
-            "--rehearse", action="store_true", help="on a CPU: kernels interpreted, shapes tiny, the device simulated"
-        )
+        option("--rehearse", action="store_true", help="on a CPU: kernels interpreted, shapes tiny")
         option("--wrong", metavar="GROUP", help="with --rehearse, a group of correctness that is given a wrong result")
         option("--hang", metavar="STEP", help="with --rehearse, a step that never returns")
-        _add_out(one)
-    _add_out(kinds.add_parser("table", help="print the table of a folder of results once more"))
+    kinds.add_parser("table", help="print the table of a folder of results once more")
+    for one in kinds.choices.values():
+        one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     args = parser.parse_args(arguments)
     if args.kind == "table":
         if not (args.out / "rows.jsonl").is_file():
@@ -60,21 +60,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-
-
 def _seconds(text: str) -> float:
-    try:
+    seconds = 0.0
+    with contextlib.suppress(ValueError):
         seconds = float(text)
-    except ValueError:
-        seconds = 0.0
     if not 10 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"expected at least 10 seconds, got {text!r}")
     return seconds
 
 
-def _names(known):
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     def split(text: str) -> list[str]:
         for name in text.split(","):
             if name not in known:
@@ -105,14 +100,13 @@ def digest() -> str:
     return found.hexdigest()[:12]
 
 
-def main(arguments: list[str], began: float | None = None) -> int:
-    """Run a command; return its exit status. ``began`` is when its clock started."""
+def main(arguments: list[str], began: float) -> int:
+    """Run a command whose clock started at ``began``; return its exit status."""
     args = parse(arguments)
     if args.kind == "table":
-        rows = journal.read(args.out)
-        print(table.of_rows(rows))
+        print(table.of_rows(journal.read(args.out)))
         return 0
-    written = journal.Journal(args.out.resolve(), time.monotonic() if began is None else began)
+    written = journal.Journal(args.out.resolve(), began)
     surroundings = {COMMIT: hash_} if (hash_ := commit(args.commit)) else {}
     if args.rehearse:
         surroundings |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTWKV_WRONG": args.wrong or ""}
@@ -122,11 +116,7 @@ def main(arguments: list[str], began: float | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kernels-", ignore_cleanup_errors=True) as cache:
         surroundings["TRITON_CACHE_DIR"] = cache  # the first step fills it with what was compiled beforehand
         rehearsed = {"rehearse": args.rehearse, "hang": args.hang}
-        run = runner.Run(args.kind, steps, args.budget, written, **rehearsed, surroundings=surroundings)
+        run = runner.Run(args.kind, steps, args.budget, written, surroundings=surroundings, **rehearsed)
         status = run.run()
     print(f"\n{run.table()}", flush=True)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,104 +4,93 @@ Weights are random and made on the device: time does not depend on them.
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
 import torch
 from common.interpreted import interpreted_kernels
 from common.program import no_garbage_collection
+from common.rows import emit, reason
+from correctness.checks import the_device
+from correctness.generation import REHEARSED, model
 from generation.decode import parameters_read
-from gpu_minutes.checking import reason, the_device
-from gpu_minutes.clocks import Clocks
-from gpu_minutes.generation_cases import REHEARSED, model
-from gpu_minutes.journal import emit
+from gpu_minutes.machine import Clocks
 from torch.profiler import ProfilerActivity, profile
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
 
 PROMPT, BEFORE, TOKENS, TRACED, TOP = 16, 4, 128, 4, 15
-DTYPE = torch.bfloat16
+SIZE, DTYPE = "3b", torch.bfloat16
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Return the launches, for precompile.py: of one layer. The kernels between products are those of correctness."""
-    yield "prompt of the 3b model", _prompt_of_one_layer
+    yield f"prompt of the {SIZE} model", _prompt_of_one_layer
 
 
 def _prompt_of_one_layer() -> None:
-    config = RWKV4Config(layers=1, width=RWKV4Config.preset("3b").width, vocab_size=8)
+    config = RWKV4Config(layers=1, width=RWKV4Config.preset(SIZE).width, vocab_size=8)
     one = model(config, DTYPE, torch.device("cpu"))
     with interpreted_kernels():  # which are compiled there
         next(generate(one, torch.zeros(1, PROMPT, dtype=torch.int64), 1))
 
 
+def begun(one: RWKV4, tokens: torch.Tensor, graph: bool | None, count: int) -> tuple[Any, list[torch.Tensor]]:
+    """Return a stream whose prompt is read and whose graph is recorded and was launched, and its tokens so far."""
+    stream = generate(one, tokens, BEFORE + count, graph=graph)
+    found = [next(stream) for _ in range(BEFORE)]
+    _wait(tokens)
+    return stream, found
+
+
 def timed(one: RWKV4, tokens: torch.Tensor, graph: bool | None, count: int) -> tuple[list[float], torch.Tensor]:
     """Return the milliseconds of each token, the device waited for after each, and the tokens."""
-    wait = torch.cuda.synchronize if tokens.is_cuda else _nothing
-    stream = generate(one, tokens, BEFORE + count, graph=graph)
-    found = [next(stream) for _ in range(BEFORE)]  # of the prompt, of the recording, and the first launch
-    wait()
+    stream, found = begun(one, tokens, graph, count)
     ms = []
     with no_garbage_collection():
         for _ in range(count):
             begin = time.perf_counter()
             found.append(next(stream))
-            wait()
+            _wait(tokens)
             ms.append(1e3 * (time.perf_counter() - begin))
     return ms, torch.stack(found)
 
 
 def together(one: RWKV4, tokens: torch.Tensor, graph: bool | None, count: int) -> float:
     """Return the milliseconds of a token where nothing waits for the device before the last one."""
-    wait = torch.cuda.synchronize if tokens.is_cuda else _nothing
-    stream = generate(one, tokens, BEFORE + count, graph=graph)
-    for _ in range(BEFORE):
-        next(stream)
-    wait()
+    stream, _ = begun(one, tokens, graph, count)
     with no_garbage_collection():
         begin = time.perf_counter()
         for _ in range(count):
             next(stream)
-        wait()
+        _wait(tokens)
     return 1e3 * (time.perf_counter() - begin) / count
 
 
 def traced(one: RWKV4, tokens: torch.Tensor, graph: bool | None) -> Iterator[dict[str, Any]]:
     """Return the kernels that most of a token's time goes into, and the sum of all."""
     gpu = tokens.is_cuda
-    stream = generate(one, tokens, BEFORE + TRACED, graph=graph)
-    for _ in range(BEFORE):
-        next(stream)
-    if gpu:
-        torch.cuda.synchronize()
+    stream, _ = begun(one, tokens, graph, TRACED)
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     with profile(activities=activities) as found:
         for _ in range(TRACED):
             next(stream)
-        if gpu:
-            torch.cuda.synchronize()
+        _wait(tokens)
     kernels: dict[str, list[float]] = {}
     for event in found.events():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device == gpu:
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == gpu:
             kernels.setdefault(event.name, []).append(event.device_time if gpu else event.self_cpu_time_total)
-    ranked = sorted(kernels.items(), key=lambda one: -sum(one[1]))
-    total = sum(sum(times) for times in kernels.values())
-    count = sum(map(len, kernels.values()))
+    total, count = sum(map(sum, kernels.values())), sum(map(len, kernels.values()))
     yield {"what": "trace", "kernels": count / TRACED, "us": total / TRACED}
-    for name, times in ranked[:TOP]:
+    for name, times in sorted(kernels.items(), key=lambda one: -sum(one[1]))[:TOP]:
         yield {"what": "kernel", "name": name[:80], "count": len(times) / TRACED, "us": sum(times) / TRACED}
 
 
-def _nothing() -> None:
-    pass
+def _wait(tokens: torch.Tensor) -> None:
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
 
 
 def measure(one: RWKV4, tokens: torch.Tensor, count: int, until: float, clocks: Clocks) -> int:
@@ -134,21 +123,12 @@ def measure(one: RWKV4, tokens: torch.Tensor, count: int, until: float, clocks: 
     return status
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(prog="generation.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="nothing begins later (default: 60)")
-    parser.add_argument("--size", default="3b", metavar="NAME", help="of the model (default: 3b)")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny model")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Run the step."""
     began, device = time.monotonic(), the_device(args.rehearse)
-    config = REHEARSED if args.rehearse else RWKV4Config.preset(args.size)
+    config = REHEARSED if args.rehearse else RWKV4Config.preset(SIZE)
     with Clocks() as clocks:
         one = model(config, torch.float32 if args.rehearse else DTYPE, device)
-        emit(what="model", size=args.size, parameters=sum(p.numel() for p in one.parameters()))
+        emit(what="model", size=SIZE, parameters=sum(p.numel() for p in one.parameters()))
         tokens = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
         return measure(one, tokens, 2 if args.rehearse else TOKENS, began + args.seconds, clocks)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

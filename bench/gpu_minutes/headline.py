@@ -7,23 +7,18 @@ most, so that whatever ends this early leaves those out that say least.
 
 import argparse
 import gc
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
 import numpy as np
 import torch
-from gpu_minutes.checking import reason, the_device
-from gpu_minutes.clocks import Clocks
-from gpu_minutes.host_clock import Immediate
-from gpu_minutes.journal import emit
+from common.rows import emit, reason
+from correctness.checks import the_device
+from gpu_minutes.machine import Clocks
+from launch_shapes.device import Rehearsal
 from peers.operator import documents
 from timing import on_gpu
 from timing.by_turns import Effort
@@ -151,9 +146,9 @@ def _launch(case: Case) -> None:
 def measure(case: Case, cuda: Any, copy_gbps: float, effort: Effort, clocks: Clocks) -> bool:
     """Measure the passes of a case, a row each; return whether all went well."""
     row = {"what": "bandwidth", "op": case.operator, "dtype": case.dtype, "shape": list(case.shape)}
-    row["packed"] = case.packed
     good = True
     for which, task in passes(case, cuda):
+        row |= {"packed": case.packed, "pass": which}
         begin = time.monotonic()
         try:
             task.run()  # which loads the kernels, or compiles them: its time is no measure of the next
@@ -165,37 +160,30 @@ def measure(case: Case, cuda: Any, copy_gbps: float, effort: Effort, clocks: Clo
             figures = {"ms": 1e3 * seconds, "ms_min": 1e3 * min(task.seconds), "times": len(task.seconds)}
             figures |= {"gbps": gbps, "fraction": gbps / copy_gbps, "head_start": task.head_start and task.busy > 0}
             figures |= {"ms_host": 1e3 * float(np.median(task.host))} if task.host else {}
-            emit(**row, **{"pass": which}, **figures, **clocks.since(begin))
+            emit(**row, **figures, **clocks.since(begin))
         except Exception as error:
-            emit(**row, **{"pass": which}, error=reason(error))
+            emit(**row, error=reason(error))
             good = False
         del task
         gc.collect()
     return good
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(prog="headline.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="no case begins later (default: 60)")
-    parser.add_argument("--rehearse", action="store_true", help="interpreted, on a CPU, tiny shapes")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Run the step."""
     began, device = time.monotonic(), the_device(args.rehearse)
-    cuda = Immediate() if args.rehearse else on_gpu.Cuda(device)
+    cuda = Rehearsal() if args.rehearse else on_gpu.Cuda(device)
+    chosen = cases(args.rehearse)
     with Clocks() as clocks, torch.no_grad():
         gbps = 1.0 if args.rehearse else on_gpu.copy_bandwidth(cuda)
         emit(what="copy", gbps=gbps, **clocks.since(began))
         good = True
-        for n, case in enumerate(cases(args.rehearse)):
+        for n, case in enumerate(chosen):
             spent = time.monotonic() - began
             if n and spent > args.seconds * 0.95:
-                emit(what="left out", reason=f"{spent:.0f} s were over", cases=len(cases(args.rehearse)) - n)
+                emit(what="left out", reason=f"{spent:.0f} s were over", cases=len(chosen) - n)
                 break
             good &= measure(case, cuda, gbps, SHORT if args.rehearse else EFFORT, clocks)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return int(not good)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -40,16 +40,14 @@ class Journal:
 
     def line(self, step: str, name: str, text: str) -> None:
         """Take a line that a command has printed: a row, or something for the log."""
-        row = None
-        if text.startswith("{"):
-            try:
-                row = json.loads(text)
-            except ValueError:
-                row = None
-        if isinstance(row, dict):
-            self.add(step, row if name == step else {"command": name, **row})
-        else:
+        try:
+            row = json.loads(text) if text.startswith("{") else None
+        except ValueError:
+            row = None
+        if row is None:
             self.noise(name, text.encode() + b"\n")
+        else:
+            self.add(step, row if name == step else {"command": name, **row})
 
     def noise(self, name: str, block: bytes) -> None:
         """Take what a command has written that is no row."""
@@ -76,11 +74,6 @@ class Journal:
         part = self.folder / ".table.txt.part"
         part.write_text(text)
         part.replace(self.folder / "table.txt")
-
-
-def emit(**row: Any) -> None:
-    """Print a row: what a step does with a figure as soon as it exists."""
-    print(json.dumps(row), flush=True)
 
 
 def read(folder: Path) -> list[Row]:

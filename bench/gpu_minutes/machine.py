@@ -1,53 +1,86 @@
-"""Which machine this is, which versions, and whether the kernels that were compiled beforehand fit. No PyTorch yet."""
+"""The machine: its versions and tools, whether the kernels compiled beforehand fit, and its clock while it works.
+
+Nothing here imports PyTorch.
+"""
 
 import argparse
 import os
 import platform
 import shutil
+import statistics
 import subprocess
-import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpu_minutes.journal import emit
+from common.rows import emit
 from gpu_minutes.runner import CACHE
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
 TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
-QUERY = (
-    "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
-)
+DEVICE = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+CLOCKS = {"mhz": "clocks.sm", "watts": "power.draw", "celsius": "temperature.gpu"}
+EVERY = 100  # milliseconds
 
 
-def versions() -> dict[str, str | None]:
-    """Return what is installed, without importing it."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+def version(package: str) -> str | None:
+    """Return which version is installed, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
-def tools() -> dict[str, str | None]:
-    """Return where the tools are that steps ask for."""
-    return {name: shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin") for name in TOOLS}
+def tool(name: str) -> str | None:
+    """Return where a tool is."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def devices() -> list[dict[str, str]]:
     """Return what nvidia-smi says of each GPU."""
-    if not (tool := shutil.which("nvidia-smi")):
-        return []
-    command = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    command = [tool("nvidia-smi") or "nvidia-smi", f"--query-gpu={DEVICE}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return []
-    fields = QUERY.split(",")
-    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
+    return [dict(zip(DEVICE.split(","), map(str.strip, line.split(",")), strict=False)) for line in lines]
+
+
+class Clocks:
+    """Samples of clock, power and temperature, taken in the background while the context lasts."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, list[float]]] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Clocks":
+        if found := tool("nvidia-smi"):
+            query = f"--query-gpu={','.join(CLOCKS.values())}"
+            command = [found, query, "--format=csv,noheader,nounits", f"--loop-ms={EVERY}", "--id=0"]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self, lines: Any) -> None:
+        for line in lines:
+            try:
+                self.samples.append((time.monotonic(), [float(field) for field in line.split(",")]))
+            except ValueError:  # "[N/A]"
+                continue
+
+    def since(self, begin: float) -> dict[str, Any]:
+        """Return the medians since a time of the monotonic clock, nothing where nothing is known."""
+        found = [values for at, values in list(self.samples) if at >= begin]
+        columns = zip(*found, strict=True)
+        return {name: statistics.median(column) for name, column in zip(CLOCKS, columns, strict=False)}
 
 
 def unpacked(cache: Path, folder: Path, rehearse: bool = False) -> dict[str, Any]:
@@ -70,21 +103,15 @@ def unpacked(cache: Path, folder: Path, rehearse: bool = False) -> dict[str, Any
     return row | ({"error": "; ".join(fit.reasons)} if fit.reasons else {})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(prog="machine.py", description=__doc__)
-    parser.add_argument("--rehearse", action="store_true", help="do without a GPU")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Run the step."""
     if folder := os.environ.get("TRITON_CACHE_DIR"):  # first what others need
         emit(what="cache", **unpacked(CACHE, Path(folder), args.rehearse))
-    emit(what="software", versions=versions(), tools=tools())
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    emit(what="software", versions=versions, tools={name: tool(name) for name in TOOLS})
     found = devices()
     emit(what="device", devices=found, cores=os.cpu_count())
     if not found and not args.rehearse:
         emit(what="device", error="there is no GPU here")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,18 +5,14 @@ the code that it ran on: a part that has passed is not run again until the code 
 does not keep the next ones from running. Every benchmark writes into a folder of its own, named after the part.
 """
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 try:
     from common import result_file
@@ -26,8 +22,9 @@ try:
 except ImportError as error:
     sys.exit(f"gpu.py: {error}; pip install -e '.[bench]' installs what it needs")
 
+from gpu_minutes import processes
 from gpu_minutes.commands import digest as code
-from gpu_minutes.processes import NOT_AVAILABLE, ROOT, environment
+from gpu_minutes.processes import ROOT, environment
 
 LOGS = ROOT / "build" / "gpu"  # which git ignores
 LIMIT, GRACE = 510.0, 20.0  # seconds that a part may take, and then to write what it has measured
@@ -58,41 +55,40 @@ def parts(out: Path) -> list[Part]:
     rest = _files("*", "nn/*", "integrations/*", "reference/*", "kernels/cpu/*")
     tests = ("-m", "pytest", "-n", "auto", "--dist", "worksteal", "--timeout", str(int(LIMIT)))
     found = [
-        Part("tests-wkv", "the tests of WKV", _python(*tests, *wkv)),
-        Part("tests-scan", "the tests of the linear scan", _python(*tests, *scan)),
-        Part("tests-rest", "the tests of layers, models and what else there is", _python(*tests, *rest)),
+        _part("tests-wkv", "the tests of WKV", *tests, *wkv),
+        _part("tests-scan", "the tests of the linear scan", *tests, *scan),
+        _part("tests-rest", "the tests of layers, models and what else there is", *tests, *rest),
     ]
     for tool in ("memcheck", "racecheck"):
         about = f"every operator and pass on tiny shapes under compute-sanitizer's {tool}"
-        found.append(Part(f"sanitizer-{tool}", about, _python("bench/sanitize.py", "--tool", tool)))
+        found.append(_part(f"sanitizer-{tool}", about, "bench/sanitize.py", "--tool", tool))
 
     def measured(name: str, about: str, script: str, *options: str) -> None:
-        found.append(Part(name, about, _python(f"bench/{script}.py", *options, "--out", str(out / name))))
+        found.append(_part(name, about, f"bench/{script}.py", *options, "--out", str(out / name)))
 
-    timed = ("--device", "cuda", "--minutes", "7")
+    on_gpu = ("--device", "cuda")
+    timed = (*on_gpu, "--minutes", "7")
     scans = "linear_scan,linear_scan_fixed"
     measured("ops-wkv", "speed of WKV beside its peers", "ops", "--ops", "wkv", *timed)
     measured("ops-scan", "speed of the linear scan beside its peers", "ops", "--ops", scans, *timed)
     measured("accuracy", "error of the operators and of their peers", "accuracy")
-    measured("hf_speed", "Hugging Face's RWKV-4 with our operator and without", "hf_speed", "--device", "cuda")
-    measured("decode", "tokens a second beside what reading the weights allows", "decode", "--device", "cuda")
-    measured("lru_layer", "a whole LRU layer beside two other forms of it", "lru_layer", "--device", "cuda")
-    for size in ("169m", "3b"):
-        for dtype in ("float32", "bfloat16"):
-            # "recompute" of one model of 3b in float32 is 3e15 multiply-adds: two transformers, then.
-            models = "rwkv4,gpt-neox,opt" if (size, dtype) == ("3b", "float32") else "rwkv4,gpt-neox,opt,bloom,gpt-neo"
-            options = ("--device", "cuda", "--size", size, "--dtype", dtype, "--models", models, "--minutes", "7")
-            about = f"cumulative time to generate, models of {size} in {dtype}"
-            measured(f"gen_time-{size}-{dtype}", about, "gen_time", *options)
+    measured("hf_speed", "Hugging Face's RWKV-4 with our operator and without", "hf_speed", *on_gpu)
+    measured("decode", "tokens a second beside what reading the weights allows", "decode", *on_gpu)
+    measured("lru_layer", "a whole LRU layer beside two other forms of it", "lru_layer", *on_gpu)
+    for size, dtype in product(("169m", "3b"), ("float32", "bfloat16")):
+        # "recompute" of one model of 3b in float32 is 3e15 multiply-adds: two transformers, then.
+        models = "rwkv4,gpt-neox,opt" if (size, dtype) == ("3b", "float32") else "rwkv4,gpt-neox,opt,bloom,gpt-neo"
+        options = (*timed, "--size", size, "--dtype", dtype, "--models", models)
+        about = f"cumulative time to generate, models of {size} in {dtype}"
+        measured(f"gen_time-{size}-{dtype}", about, "gen_time", *options)
     # RWKV-4 comes first; how far the cache gets in what is left of the time, the host decides.
-    options = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--tokens", "16384", "--minutes", "7")
-    about = "cumulative time to generate 16384 tokens, with a cache"
-    measured("gen_time-long", about, "gen_time", *options, "--protocols", "kv-cache")
+    options = (*timed, "--size", "3b", "--dtype", "bfloat16", "--tokens", "16384", "--protocols", "kv-cache")
+    measured("gen_time-long", "cumulative time to generate 16384 tokens, with a cache", "gen_time", *options)
     return found
 
 
-def _python(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, *arguments)
+def _part(name: str, about: str, *arguments: str) -> Part:
+    return Part(name, about, (sys.executable, *arguments))
 
 
 def _files(*patterns: str) -> list[str]:
@@ -123,48 +119,27 @@ class Record:
 
 
 def run_part(part: Part, log: Path, limit: float = LIMIT, grace: float = GRACE) -> tuple[str, float]:
-    """Run a part, its output shown and kept in ``log``; return how it ended and after how many seconds."""
-    began = time.monotonic()
+    """Run a part, its output shown and kept in ``log``; return how it ended and after how many seconds.
+
+    A part that is out of time, or interrupted, is asked to end first, so that it can write what it has.
+    """
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # a group of its own, which can be ended as a whole
-        )
-        reader = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
-        reader.start()
+
+        def said(name: str, block: bytes) -> None:
+            file.write(block)
+            file.flush()
+            print(block.decode(errors="replace"), end="", flush=True)
+
+        def printed(name: str, line: str) -> None:
+            said(name, f"{line}\n".encode())
+
+        one = processes.start(part.name, part.command, printed, said, environment())
         try:
-            status = process.wait(limit)
-            ended = {0: "passed", NOT_AVAILABLE: "not available"}.get(status, "failed")
-        except subprocess.TimeoutExpired:
-            ended = "out of time"
+            processes.wait([one], {part.name: one.began + limit}, grace)
         finally:
-            _end(process, grace)
-            reader.join(grace)  # of a process that has left the group nobody waits for the end
-    return ended, time.monotonic() - began
-
-
-def _copy(source: IO[bytes], log: IO[bytes]) -> None:
-    while block := os.read(source.fileno(), 65536):
-        log.write(block)
-        log.flush()
-        sys.stdout.write(block.decode(errors="replace"))
-        sys.stdout.flush()
-
-
-def _end(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End what is left of a part: first it is asked to, so that it can write what it has."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            if one.ended is None:
+                processes.wait([one], {part.name: 0.0}, grace)
+    return one.status(), one.seconds()
 
 
 def run(wanted: Sequence[Part], record: Record, logs: Path, *, again: bool = False) -> int:

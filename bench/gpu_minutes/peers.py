@@ -7,23 +7,21 @@ device, not by a loop on the CPU or by numba.
 import argparse
 import contextlib
 import importlib
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import ops
 import torch
-from common.command_line import Parser
-from gpu_minutes import reference
-from gpu_minutes.checking import reason
-from gpu_minutes.journal import emit
-from gpu_minutes.runner import READY
+from common.program import run_and_save
+from common.rows import emit, reason
+from correctness import reference
+from correctness.checks import wide
+from peers import fetched
 from peers.operator import Inputs
 from peers.operators import OPERATORS
 from peers.wkv_cuda_providers import RWKV_CUDA, compiled, longest
 from precompiled import triton_keys
-from throughput import run
+from throughput import run as ops_run
 from throughput.passes import checked_channels
 from throughput.plan import Case
 from torch import Tensor
@@ -36,7 +34,7 @@ TOKENS = 4096  # of the longest sequence that rwkv-cuda is compiled for: every t
 KEPT = ("op", "pass", "dtype", "B", "T", "C", "provider", "ms", "ms_min", "ms_host", "gbps", "fraction", "head_start")
 
 
-class Rows(run.Run):
+class Rows(ops_run.Run):
     """A run of ops.py that prints its rows."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
@@ -69,7 +67,7 @@ def wanted(operator: str, inputs: Any) -> dict[str, Tensor]:
     """Return output and gradients in float64, where the inputs are."""
     offsets = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
     given = (inputs.w, inputs.u, inputs.k, inputs.v) if operator == "wkv" else (inputs.a, inputs.x)
-    leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float64), copy=True).requires_grad_() for t in given]
+    leaves = [wide(t.detach()).requires_grad_() for t in given]
     function = reference.wkv if operator == "wkv" else reference.linear_scan
     output, _ = function(*leaves, None, offsets)
     gradients = torch.autograd.grad(output, leaves, inputs.gradient.to(output.dtype))
@@ -81,7 +79,7 @@ def build() -> int:
     """Compile the CUDA peer, so that it is there when its turn comes; return the exit status."""
     with contextlib.suppress(Exception):
         importlib.import_module("accelerated_scan.warp")  # compiles its kernels
-    RWKV_CUDA.folder = _sources()
+    RWKV_CUDA.folder = fetched.sources()
     if (why := RWKV_CUDA.missing(torch.device("cuda", 0))) is not None or (sources := RWKV_CUDA.sources()) is None:
         emit(what="build", reason=why or "its sources are not here")
         return 0
@@ -95,45 +93,22 @@ def build() -> int:
     return 0
 
 
-def _sources() -> Path | None:
-    folder = READY / "rwkv-cuda"
-    return folder if folder.is_dir() else None
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
-    parser = Parser(prog="peers.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=130.0, metavar="S", help="no case begins later (default: 130)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of ops.json")
-    parser.add_argument("--build", action="store_true", help="only compile the peer in CUDA")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny shape, this package's CPU path")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Run the step; 1 if this package gave a wrong result or none."""
     began = time.monotonic()
-    _find_peers()
-    if args.build:
+    if args.subjects == ["build"]:
         return 0 if args.rehearse else build()
     options = [*OPTIONS, "--out", str(args.out)]
     if args.rehearse:
         options = ["--ops", "wkv", "--shapes", "1x9x3", "--passes", "forward,backward", "--quick", "--device", "cpu"]
         options += ["--providers", "fastwkv,hf", "--dtypes", "float32", "--out", str(args.out)]
-    elif (folder := _sources()) is not None:
+    elif (folder := fetched.sources()) is not None:
         options += ["--rwkv-cuda", str(folder)]
     made = ops.parse(options)
     made.providers = None  # nobody was asked for by name: whose first calls take too long is not asked again
     RWKV_CUDA.lengths = (TOKENS,)
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
-    run = Rows(made, args.seconds - (time.monotonic() - began))
-    status = ops.program.run_and_save(lambda: ops.measure(run), run.save)
-    return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in run.rows))
-
-
-def _find_peers() -> None:
-    with contextlib.suppress(ImportError):
-        from peers import fetched
-
-        fetched.add_to_path()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = Rows(made, args.seconds - (time.monotonic() - began))
+    status = run_and_save(lambda: ops.measure(rows), rows.save)
+    return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in rows.rows))

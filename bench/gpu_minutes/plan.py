@@ -7,26 +7,12 @@ times are estimates: nothing of this has run on a GPU. Order is that of importan
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-GROUPS = (  # of correctness.py, the slowest first: as many processes as run at once
-    "wkv-float32",
-    "wkv-bfloat16",
-    "scan-float32",
-    "scan-bfloat16",
-    "scan-complex64",
-    "scan-bfloat16x2",
-    "wkv-float64",
-    "wkv-float16",
-    "scan-float64",
-    "scan-complex128",
-    "scan-float16",
-    "steps",
-    "rwkv4_step",
-    "generation",
-)
-PER_GROUP = (
-    48.0  # seconds of a process that hangs; until PyTorch has its device, where fourteen start at once, may be 20
-)
+from correctness.groups import GROUPS
+
+# Seconds of a process that hangs: until PyTorch has its device, where fourteen start at once, may be 20.
+PER_GROUP = 48.0
 MEMCHECK = 30.0  # seconds of a group that has failed, under compute-sanitizer
 STARTING = 6.0  # seconds until a process has imported PyTorch and has its device
 CLOSING = 4.0  # seconds of a budget that are for ending the last step and writing the table
@@ -68,62 +54,58 @@ class Step:
     """Seconds that it gets in any case: usually it takes those planned, and without it the others would say little."""
 
 
-def module(name: str, *arguments: str) -> tuple[str, ...]:
-    """Return the arguments that run a part of the piece as a program."""
-    return ("-m", f"gpu_minutes.{name}", *arguments)
+def one(name: str, about: str, seconds: float, least: float, importance: int, *more: str, **options: Any) -> Step:
+    """Return a step of one command, the module of that name with these arguments, or the program that comes first."""
+    program = () if more[:1] and more[0].startswith("bench/") else ("-m", "gpu_minutes.step", name)
+    return Step(name, about, seconds, least, importance, (Command(name, (*program, *more)),), **options)
 
 
 def machine() -> Step:
     """Return the step that unpacks the kernels: it may be slow, and without it minutes go in compiling."""
-    commands = (Command("machine", module("machine")),)
-    return Step("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, commands, patience=25)
-
-
-def one(name: str, about: str, seconds: float, least: float, importance: int, *arguments: str) -> Step:
-    """Return a step of one command."""
-    return Step(name, about, seconds, least, importance, (Command(name, arguments),))
+    return one("machine", "versions, device, does the cache of kernels fit", 3, 1, 110, patience=25)
 
 
 def correctness(seconds: float) -> Step:
     """Return the step that all else rests on."""
-    commands = tuple(Command(group, module("correctness", group), PER_GROUP) for group in GROUPS)
+    commands = tuple(Command(group, ("-m", "correctness.groups", group), PER_GROUP) for group in GROUPS)
     about = "every kernel, dtype and form against float64"
     return Step("correctness", about, seconds, 20, 100, commands, followed=True)
 
 
 def memcheck(groups: Sequence[str], seconds: float, importance: int = 30) -> Step:
     """Return the step that looks at groups under compute-sanitizer."""
-    commands = tuple(Command(group, module("memcheck", group)) for group in groups)
+    commands = tuple(Command(group, ("bench/sanitize.py", "--tool", "memcheck", group)) for group in groups)
     return Step("memcheck", "compute-sanitizer looks for bad accesses", seconds, 12, importance, commands)
 
 
 def first() -> list[Step]:
     """Return the steps of the first command: is it right, how fast is it, which shape of program is best, and why."""
-    tests = ("tests/kernels/test_cuda.py", "tests/kernels/test_cuda_generation.py")
-    tune = ("bench/tune.py", "--rows", "--seconds", "{seconds}", "--out", "{out}")
+    timed = ("--seconds", "{seconds}")
+    tests = ("tests/kernels/test_cuda.py", "tests/kernels/test_cuda_generation.py", "--jobs", "8")
+    tune = ("bench/tune.py", "--rows", *timed, "--out", "{out}")
     return [
         machine(),
         correctness(65),
-        one("headline", "bandwidth, forward and backward", 58, 15, 90, *module("headline", "--seconds", "{seconds}")),
+        one("headline", "bandwidth, forward and backward", 58, 15, 90, *timed),
         one("tuning", "which launch shape is best, what the model assumes", 88, 15, 80, *tune),
-        one("generation", "a token of the 3b model", 35, 20, 70, *module("generation", "--seconds", "{seconds}")),
-        one("profile", "one launch each under ncu", 24, 12, 40, *module("profile")),
-        one("tests", "the tests on CUDA tensors", 20, 12, 20, *module("tests", "-n", "8", *tests)),
+        one("generation", "a token of the 3b model", 35, 20, 70, *timed),
+        one("profile", "one launch each under ncu", 24, 12, 40),
+        one("tests", "the tests on CUDA tensors", 20, 12, 20, *tests),
     ]
 
 
 def second() -> list[Step]:
     """Return the steps of the second command: is what was mended right, and how fast is it beside its peers."""
     timed = ("--seconds", "{seconds}", "--out", "{out}")
-    tests = ("-n", "14", "-k", "triton", "tests/ops")
-    build = Command("peers-build", module("peers", "--build"))
+    tests = ("tests/ops", "--jobs", "14", "--match", "triton")
+    build = Command("peers-build", ("-m", "gpu_minutes.step", "peers", "build"))
     return [
         machine(),
         Step("peers-build", "the CUDA peers are compiled", 0, 0, 95, (build,), background=True),
         correctness(45),
-        one("peers", "ours beside its peers", 130, 30, 90, *module("peers", *timed)),
-        one("gen_time", "time to generate, beside a transformer", 100, 30, 80, *module("gen_time_rows", *timed)),
-        one("tests", "the tests of the operators on the GPU", 60, 20, 40, *module("tests", *tests)),
+        one("peers", "ours beside its peers", 130, 30, 90, *timed),
+        one("gen_time", "time to generate, beside a transformer", 100, 30, 80, *timed),
+        one("tests", "the tests of the operators on the GPU", 60, 20, 40, *tests),
         memcheck(("wkv-bfloat16", "scan-complex64"), 30),
     ]
 

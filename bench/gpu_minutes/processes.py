@@ -1,7 +1,7 @@
 """Processes that may hang or die: each the head of a group of its own, which ends as a whole.
 
-What one prints on stdout is handed over line by line as it comes, what it says on stderr as bytes. Should the process
-that started them be killed, the system ends them too.
+Whatever one prints on stdout is handed over line by line as it comes, and what it says on stderr as bytes. Should the
+process that started them be killed, the system ends them too.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpu_minutes.step import NOT_AVAILABLE
+
 ROOT = Path(__file__).resolve().parents[2]
-NOT_AVAILABLE = 77  # the exit status of a command that says so
 GRACE = 3.0  # seconds for a process that is asked to end
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # not loaded between fork and exec
@@ -43,7 +44,7 @@ class Running:
 
     name: str
     process: subprocess.Popen[bytes]
-    began: float
+    began: float = field(default_factory=time.monotonic)
     readers: list[threading.Thread] = field(default_factory=list)
     asked: float | None = None
     """When it was asked to end."""
@@ -68,13 +69,12 @@ def start(
     command: Sequence[str],
     on_line: Callable[[str, str], None],
     on_noise: Callable[[str, bytes], None],
-    surroundings: dict[str, str],
+    surroundings: Mapping[str, str],
     nice: int = 0,
 ) -> Running:
     """Start a command. Call this in the main thread: when the thread ends that started a process, so does that."""
-    command = ["nice", "-n", str(nice), *command] if nice else list(command)
     process = subprocess.Popen(
-        command,
+        ["nice", "-n", str(nice), *command] if nice else command,
         cwd=ROOT,
         env=surroundings,
         stdin=subprocess.DEVNULL,
@@ -82,38 +82,36 @@ def start(
         stderr=subprocess.PIPE,
         preexec_fn=_of_its_own,
     )
-    running = Running(name, process, time.monotonic())
+    running = Running(name, process)
 
     def lines() -> None:
-        assert process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):
-            for line in process.stdout:
-                on_line(name, line.decode(errors="replace").rstrip("\n"))
+        for line in process.stdout or ():
+            on_line(name, line.decode(errors="replace").rstrip("\n"))
 
     def noise() -> None:
-        assert process.stderr is not None
-        with contextlib.suppress(ValueError, OSError):
-            while block := os.read(process.stderr.fileno(), 65536):
-                on_noise(name, block)
+        while process.stderr and (block := os.read(process.stderr.fileno(), 65536)):
+            on_noise(name, block)
 
-    running.readers = [threading.Thread(target=read, daemon=True) for read in (lines, noise)]
-    for reader in running.readers:
-        reader.start()
+    for read in (lines, noise):
+        running.readers.append(threading.Thread(target=_read, args=(read,), daemon=True))
+        running.readers[-1].start()
     return running
 
 
-def wait(running: Iterable[Running], deadlines: dict[str, float], grace: float = GRACE) -> None:
-    """Wait until all have ended; who reaches its deadline is asked to end, and ended ``grace`` seconds later."""
+def _read(read: Callable[[], None]) -> None:
+    with contextlib.suppress(ValueError, OSError):
+        read()
+
+
+def wait(running: Iterable[Running], deadlines: Mapping[str, float], grace: float = GRACE) -> None:
+    """Wait until all have ended; one that reaches its deadline is asked to end, and ended ``grace`` seconds later."""
     left = list(running)
     while left:
         now = time.monotonic()
         for one in left:
-            if one.process.poll() is not None:
+            if one.process.poll() is not None or (one.asked is not None and now > one.asked + grace):
                 finish(one)
-            elif one.asked is not None:
-                if now > one.asked + grace:
-                    finish(one)
-            elif now > deadlines[one.name]:
+            elif one.asked is None and now > deadlines[one.name]:
                 ask(one)
         left = [one for one in left if one.ended is None]
         if left:
@@ -123,16 +121,30 @@ def wait(running: Iterable[Running], deadlines: dict[str, float], grace: float =
 def ask(one: Running) -> None:
     """Ask a process and its children to end."""
     one.asked = time.monotonic()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(one.process.pid, signal.SIGTERM)
+    _signal(one, signal.SIGTERM)
 
 
 def finish(one: Running) -> None:
     """End what is left of a process and its children, and read what it had written."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(one.process.pid, signal.SIGKILL)
+    _signal(one, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
         one.process.wait(GRACE)
     one.ended = time.monotonic()
     for reader in one.readers:  # of a process that has left the group nobody waits for the end
         reader.join(1.0)
+
+
+def _signal(one: Running, kind: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(one.process.pid, kind)
+
+
+@contextlib.contextmanager
+def signals(handler: object, *kinds: signal.Signals) -> Iterator[None]:
+    """Let signals be handled so meanwhile."""
+    before = [signal.signal(kind, handler) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, previous in zip(kinds, before, strict=True):
+            signal.signal(kind, previous)

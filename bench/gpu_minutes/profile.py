@@ -3,18 +3,14 @@
 import argparse
 import csv
 import io
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
-from gpu_minutes.journal import emit
-from gpu_minutes.processes import NOT_AVAILABLE
+from common.rows import emit
+from gpu_minutes.machine import tool
+from gpu_minutes.step import NOT_AVAILABLE
 
 STALLS = (
     "long_scoreboard", "short_scoreboard", "wait", "barrier", "lg_throttle", "mio_throttle", "math_pipe_throttle",
@@ -34,23 +30,14 @@ METRICS = {
     **{f"stall {name}": f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS},
 }
 KERNELS = "regex:_wkv_(fwd|bwd)_kernel"
+LAUNCH = "from gpu_minutes import profile; profile.launch()"
 
 
-def tool() -> str | None:
-    """Return where ncu is."""
-    return shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
-
-
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Return nothing: what is launched is the first case of headline.py."""
-    return iter(())
-
-
-def launch(rehearse: bool) -> int:
+def launch(rehearse: bool = False) -> None:
     """Launch the first case of headline.py twice, of which the second is looked at."""
     import torch
+    from correctness.checks import the_device
     from gpu_minutes import headline
-    from gpu_minutes.checking import the_device
 
     device, case = the_device(rehearse), headline.cases(rehearse)[0]
     inputs = case.draw(device)
@@ -59,7 +46,6 @@ def launch(rehearse: bool) -> int:
         headline.backward(inputs, None, kept, torch.ones_like(y))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return 0
 
 
 def figures(text: str) -> Iterator[dict[str, Any]]:
@@ -80,33 +66,26 @@ def figures(text: str) -> Iterator[dict[str, Any]]:
         yield {"what": "profile", "kernel": kernel, **row}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status, 77 where ncu is missing or may not count."""
-    parser = argparse.ArgumentParser(prog="profile.py", description=__doc__)
-    parser.add_argument("--launch", action="store_true", help="what runs under ncu")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, without ncu")
-    args = parser.parse_args(arguments)
-    if args.launch or args.rehearse:
-        return launch(args.rehearse)
-    if not (found := tool()):
+def run(args: argparse.Namespace) -> int:
+    """Run the step; 77 where ncu is missing or may not count."""
+    if args.rehearse:
+        launch(rehearse=True)
+        return 0
+    if not (found := tool("ncu")):
         emit(what="profile", reason="there is no ncu")
         return NOT_AVAILABLE
     # Of each kernel the second launch: the first two that match are not looked at.
     options = ["--clock-control", "none", "-k", KERNELS, "--launch-skip", "2", "--launch-count", "2"]
     options += ["--csv", "--metrics", ",".join(METRICS.values())]
-    command = [found, *options, sys.executable, "-m", "gpu_minutes.profile", "--launch"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([found, *options, sys.executable, "-c", LAUNCH], stdout=subprocess.PIPE, text=True)
     print(done.stdout, file=sys.stderr)
     rows = list(figures(done.stdout))
     for row in rows:
         emit(**row)
-    if not rows:
-        refused = "ERR_NVGPUCTRPERM" in done.stdout
-        why = "counters may not be read here" if refused else f"ncu ended with {done.returncode} and no figures"
-        emit(what="profile", **({"reason": why} if refused else {"error": why}))
-        return NOT_AVAILABLE if refused else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if rows:
+        return 0
+    if "ERR_NVGPUCTRPERM" in done.stdout:
+        emit(what="profile", reason="counters may not be read here")
+        return NOT_AVAILABLE
+    emit(what="profile", error=f"ncu ended with {done.returncode} and no figures")
+    return 1

@@ -1,18 +1,17 @@
 """Runs the steps of a plan within a budget of seconds and keeps what they find, whatever becomes of them."""
 
-import contextlib
-import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gpu_minutes import plan, processes, table
 from gpu_minutes.journal import Journal
 from gpu_minutes.plan import Command, Step
-from gpu_minutes.processes import ROOT, Running
+from gpu_minutes.processes import ROOT, Running, signals
 
 READY = ROOT / "build" / "gpu-ready"  # what a machine without a GPU has prepared
 CACHE = READY / "cache.tar.xz"
@@ -48,30 +47,27 @@ class Run:
         """Run all steps; return 0 if nothing failed, 1 if something did, 130 after an interrupt."""
         status = 0
         try:
-            with _interrupts():
+            with signals(signal.default_int_handler, signal.SIGTERM):  # as Ctrl-C
                 for step in self.left_out:
                     self._skipped(step, f"a budget of {self.budget:.0f} s has no room for it")
                 for index, step in enumerate(self.steps):
                     self._step(step, [s for s in self.steps[index:] if not s.background])
-                    self._write_table()
+                    self.journal.table(self.table())
         except KeyboardInterrupt:
             self.journal.add("run", {"what": "interrupted"})
             status = 130
         finally:
-            with _no_interrupts():
+            with signals(signal.SIG_IGN, signal.SIGTERM, signal.SIGINT):  # while the last lines are written
                 self._end(self.now, "interrupted", self.step)
                 for name, running in self.beside.items():
                     self._end(running, "ended with the others", name)
-                self._write_table()
+                self.journal.table(self.table())
         return status or int(any("error" in row for row in self.journal.rows))
 
     def table(self) -> str:
         """Return what a person reads."""
         spent = time.monotonic() - self.journal.began
         return table.text(self.journal.rows, self.name, self.budget, spent)
-
-    def _write_table(self) -> None:
-        self.journal.table(self.table())
 
     def _step(self, step: Step, rest: Sequence[Step]) -> None:
         if step.background:
@@ -98,7 +94,7 @@ class Run:
     def _commands(self, step: Step, commands: Sequence[Command], until: float) -> list[str]:
         """Run commands at once, in a rehearsal as many as there are cores; return the names of those that failed.
 
-        Who was out of time has not failed: under compute-sanitizer it would come even less far.
+        A command that was out of time has not failed: under compute-sanitizer it would come even less far.
         """
         began, failed = time.monotonic(), []
         until -= min(processes.GRACE, (until - began) / 4)  # the grace is part of its time
@@ -129,10 +125,7 @@ class Run:
         if step.name == self.hang:
             command = replace(command, arguments=("-c", HANGS))
         line = command.filled(max(1.0, seconds - plan.STARTING), str(self.journal.folder))
-
-        def on_line(name: str, text: str) -> None:
-            self.journal.line(step.name, name, text)
-
+        on_line = partial(self.journal.line, step.name)
         return processes.start(command.name, line, on_line, self.journal.noise, self.surroundings, nice)
 
     def _ended(self, step: str, one: Running, status: str | None = None) -> bool:
@@ -151,9 +144,6 @@ class Run:
         """Ask what is left to end, which writes what it has, and record how each ended."""
         left = [one for one in running if one.ended is None]
         over = [one for one in left if one.process.poll() is not None]
-        for one in left:
-            if one not in over:
-                processes.ask(one)
         processes.wait(left, dict.fromkeys((one.name for one in left), 0.0))
         for one in left:
             self._ended(step, one, None if one in over else status)
@@ -163,35 +153,11 @@ class Run:
         print(f"skipped {step.name}: {why}", flush=True)
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt meanwhile, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Let both signals pass while the last lines are written."""
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, signal.SIG_IGN) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
-
-
 def only(steps: Sequence[Step], names: Sequence[str], groups: Sequence[str]) -> list[Step]:
     """Return the steps of these names, and of correctness these groups; without names all."""
-    found = [step for step in steps if not names or step.name in names]
-    if not groups:
-        return found
-    return [replace(s, commands=_of(s.commands, groups)) if s.name == "correctness" else s for s in found]
 
+    def of(step: Step) -> Step:
+        commands = tuple(one for one in step.commands if one.name in groups)
+        return replace(step, commands=commands) if groups and step.name == "correctness" else step
 
-def _of(commands: Sequence[Command], groups: Sequence[str]) -> tuple[Command, ...]:
-    return tuple(itertools.filterfalse(lambda one: one.name not in groups, commands))
+    return [of(step) for step in steps if not names or step.name in names]

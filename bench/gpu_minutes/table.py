@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from launch_shapes import table as tuning
+
 Row = dict[str, Any]
 
 LARGEST = 9500  # bytes
@@ -26,7 +28,7 @@ def text(rows: Sequence[Row], name: str, budget: float, spent: float) -> str:
     if any(row.get("what") == "interrupted" for row in rows):
         head += "\nINTERRUPTED: what was measured until then"
     found = [head]
-    for part in (machine, steps, failures, correctness, bandwidth, tuning, generation, peers, profile, tests):
+    for part in (machine, steps, failures, correctness, bandwidth, tuning.lines, generation, peers, profile, tests):
         if lines := list(part(rows)):
             found.append("\n".join(line[:WIDE].rstrip() for line in lines))
     whole = "\n\n".join(found) + "\n"
@@ -159,47 +161,6 @@ def bandwidth(rows: Sequence[Row]) -> Iterable[str]:
 
 def _fraction(row: Row | None) -> str:
     return "-" if row is None else f"{row['fraction']:.2f}" + ("" if row.get("head_start") else "*")
-
-
-def tuning(rows: Sequence[Row]) -> Iterable[str]:
-    """Return the fastest launch shape of each case beside the one in use, and what should change."""
-    latest: dict[tuple[Any, ...], Row] = {}
-    for row in _of(rows, "candidate"):
-        if "ms" in row:
-            keys = ("op", "pass", "dtype", "B", "T", "C", "block_c", "num_warps", "stages", "chunk")
-            latest[tuple(row.get(key) for key in keys)] = row
-    cases: dict[tuple[Any, ...], list[Row]] = {}
-    for key, row in latest.items():
-        cases.setdefault(key[:6], []).append(row)
-    if cases:
-        yield "tuning: fastest launch shape (channels, warps, tiles, chunks)"
-    for (op, which, dtype, *shape), mine in cases.items():
-        best = min(mine, key=lambda row: row["ms"])
-        used = next((row for row in mine if row.get("in_use")), None)
-        names = [best.get(key) for key in ("block_c", "num_warps", "stages", "chunks")]
-        line = f"  {op} {which} {dtype} {'x'.join(map(str, shape))}: {names}, {1e3 * best['ms']:.1f} us"
-        yield line + (f"; in use {1e3 * used['ms']:.1f} us" if used else "")
-    for row in _of(rows, "proposal"):
-        yield f"  better: {row.get('name')} = {row.get('plan')} ({row.get('win')})"
-    facts = [row for row in _of(rows, "assumption") if "value" in row]
-    if facts:
-        told = (
-            f"{row['name']} {row.get('beside') or row.get('copied_bytes') or row.get('where') or ''} "
-            f"{row['value']:.4g} {row.get('unit', '')}".replace("  ", " ")
-            for row in facts
-        )
-        yield from _wrapped("assumed: " + "; ".join(told), 6)
-    yield from _skeletons([row for row in _of(rows, "skeleton") if "ms" in row])
-    for row in _of(rows, "l2"):
-        if "saved" in row:
-            yield f"  L2: {row['rows']} rows, {row['saved']:.2f} saved by what the pass before has read"
-
-
-def _skeletons(rows: Sequence[Row]) -> Iterable[str]:
-    for which, dtype in dict.fromkeys((row["pass"], row["dtype"]) for row in rows):
-        mine = sorted((r for r in rows if (r["pass"], r["dtype"]) == (which, dtype)), key=lambda row: row["ms"])
-        ends = (f"{r['block_c']},{r['num_warps']},{r['stages']} {r['gb_per_s']:.0f}" for r in (mine[0], mine[-1]))
-        yield f"  bare reads and writes, {which} {dtype}: best and worst shape, GB/s: {'; '.join(ends)}"
 
 
 def generation(rows: Sequence[Row]) -> Iterable[str]:

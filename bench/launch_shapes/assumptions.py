@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.rows import reason
 from launch_shapes.candidates import Case, call, cases, draw, empty
-from launch_shapes.probes import chase_kernel, empty_kernel
-from launch_shapes.turns import Budget, Emit, timed
+from launch_shapes.kernels import chase_kernel, empty_kernel
+from launch_shapes.turns import REPLAYS, Budget, Emit, replays, timed
 from timing.on_gpu import copy_seconds
 from torch import Tensor
 
@@ -17,8 +18,6 @@ LINE = 64  # numbers of 4 bytes from one link of the chain to the next: no two l
 CHAINS = 5  # measured; the median counts
 STEP_SECONDS = 2e-6  # of a load, at most: a load beside them lasts for longer than the chain
 GRAPH_LAUNCHES = 100
-REPLAYS = 7
-HEAD_START = 2e-3  # seconds in which the host has launched such a graph
 WAIT = 1.5  # seconds of a load while the driver is asked for clocks
 
 
@@ -99,7 +98,7 @@ def measure(cuda: Any, budget: Budget, emit: Emit, rehearsal: bool = False) -> N
             for row in step(cuda, scale, rehearsal):
                 emit({"what": "assumption", **row})
         except Exception as error:
-            emit({"what": "assumption", "name": name, "error": f"{type(error).__name__}: {error}"})
+            emit({"what": "assumption", "name": name, "error": reason(error)})
         cuda.release()
 
 
@@ -123,17 +122,8 @@ def _launches(cuda: Any, scale: Scale, rehearsal: bool) -> Iterator[dict[str, An
         for _ in range(GRAPH_LAUNCHES):
             nothing(x)
 
-    graph, _ = cuda.record(many)
-    replays = []
-    for _ in range(REPLAYS):
-        cuda.synchronize()
-        cuda.sleep(HEAD_START)
-        begin = cuda.mark()
-        graph.replay()
-        end = cuda.mark()
-        cuda.synchronize()
-        replays.append(begin.elapsed_time(end) / 1e3 / GRAPH_LAUNCHES)
-    for where, seconds in {**figures, "graph": np.median(replays)}.items():
+    replayed = replays(cuda, {"graph": cuda.record(many)[0]}, REPLAYS)["graph"] / GRAPH_LAUNCHES
+    for where, seconds in {**figures, "graph": replayed}.items():
         yield {"name": "launch", "unit": "s", "value": float(seconds), "where": where}
 
 

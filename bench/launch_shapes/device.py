@@ -70,31 +70,19 @@ class _Passed:
 
 
 class Rehearsal:
-    """The CPU in the place of a GPU: kernels are interpreted, times are the interpreter's, counters are made up."""
+    """The CPU in the place of a GPU: nothing is queued or cached, times are the interpreter's, counters are made up."""
 
     device, cache, multiprocessors = torch.device("cpu"), 1 << 12, 132
     now, mark = staticmethod(time.perf_counter), staticmethod(_Passed)
 
-    def synchronize(self) -> None:
-        """Nothing is queued."""
+    def _nothing(self, *_: Any) -> int:
+        return 0
 
-    def sleep(self, seconds: float) -> None:
-        """Nothing is waited for."""
-
-    def evict(self) -> None:
-        """No time depends on what is in the cache."""
+    synchronize = sleep = evict = begin_peak = peak = release = _nothing
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Any]:
         """Call now and at every replay."""
         return SimpleNamespace(replay=call), call()
-
-    def begin_peak(self) -> int:
-        """No allocator is asked."""
-        return 0
-
-    def peak(self) -> int:
-        """No allocator is asked."""
-        return 0
 
     def beside(self, load: Callable[[], Any], times: int, call: Callable[[], Any]) -> bool:
         """Call one after the other."""
@@ -107,8 +95,5 @@ class Rehearsal:
         return 3 * found.numel(), 2 * found.numel()
 
     def clocks(self) -> dict[str, float]:
-        """No driver is asked."""
+        """Return nothing: no driver is asked."""
         return {}
-
-    def release(self) -> None:
-        """No memory is held."""

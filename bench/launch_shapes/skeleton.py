@@ -1,15 +1,17 @@
-"""Timing the bare access patterns of patterns.py: for each launch shape its ceiling, and what a cache holds."""
+"""Timing the bare access patterns of kernels.py: for each launch shape its ceiling, and what a cache holds."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from common.rows import reason
 from launch_shapes.candidates import ALL, DTYPES, PROGRAMS
-from launch_shapes.patterns import backward_pattern, forward_pattern
-from launch_shapes.turns import ROUNDS, Budget, Emit, turn_of
+from launch_shapes.kernels import backward_pattern, forward_pattern
+from launch_shapes.turns import REPLAYS, ROUNDS, Budget, Emit, replays, turn_of
 from timing.on_gpu import CudaTask
 from torch import Tensor
 
@@ -27,8 +29,6 @@ SLICE_CHUNKS = 64  # of a slice: two thousand programs
 SLICE_SHAPE = (32, 1, STAGES)
 REHEARSED_SLICES = ((2 * ROWS, 32),)
 CACHES = 3  # that all slices fill: what is read is not there any more when it is read in the next round
-REPLAYS = 7
-HEAD_START = 2e-3  # seconds in which the host has launched a graph
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _group(
             task.first = task.run()[1]
             tasks[one] = (task, row_of, [])
         except Exception as error:  # the others go on
-            emit(row_of | {"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
+            emit(row_of | {"error": reason(error)})
     for _ in range(rounds):
         for task, _, turns in tasks.values():
             if not turns or budget.left() > 0:
@@ -133,44 +133,25 @@ def measure_cache(cuda: Any, budget: Budget, emit: Emit, rehearsal: bool = False
         try:
             emit(row | slice_figures(cuda, rows, channels, 1 if rehearsal else REPLAYS))
         except Exception as error:
-            emit(row | {"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
+            emit(row | {"error": reason(error)})
         cuda.release()
 
 
-def slice_figures(cuda: Any, rows: int, channels: int, replays: int) -> dict[str, Any]:
+def slice_figures(cuda: Any, rows: int, channels: int, times: int) -> dict[str, Any]:
     """Return what the passes over slices of so many rows take, in microseconds a slice."""
     count = 1 + -(-CACHES * cuda.cache // (2 * 2 * rows * channels))
     slices = [slice_tensors(rows, channels, cuda.device, torch.zeros) for _ in range(count)]
+    kinds = {"summary": (summarise,), "finish": (finish,), "pair": (summarise, finish)}
 
-    def summaries() -> None:
+    def run(calls: Sequence[Callable[[Sequence[Tensor]], None]]) -> None:
         for one in slices:
-            summarise(one)
+            for call in calls:
+                call(one)
 
-    def finishes() -> None:
-        for one in slices:
-            finish(one)
-
-    def pairs() -> None:
-        for one in slices:
-            summarise(one)
-            finish(one)
-
-    calls = {"summary": summaries, "finish": finishes, "pair": pairs}
-    for call in calls.values():
-        call()  # compiled before it is recorded
-    graphs = {name: cuda.record(call)[0] for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(replays):
-        for name, graph in graphs.items():
-            cuda.synchronize()
-            cuda.evict()
-            cuda.sleep(HEAD_START)
-            begin = cuda.mark()
-            graph.replay()
-            end = cuda.mark()
-            cuda.synchronize()
-            seconds[name].append(begin.elapsed_time(end) / 1e3 / count)
-    figures = slice_row({name: float(np.median(one)) for name, one in seconds.items()})
+    run((summarise, finish))  # compiled before it is recorded
+    graphs = {name: cuda.record(partial(run, calls))[0] for name, calls in kinds.items()}
+    seconds = replays(cuda, graphs, times, evict=True)
+    figures = slice_row({name: one / count for name, one in seconds.items()})
     return {"slices": count, "mb_read": 2 * 2 * rows * channels / 1e6, **figures}
 
 

@@ -3,12 +3,13 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from common.program import no_garbage_collection
+from common.rows import reason
 from launch_shapes.candidates import Case, call, draw
 from launch_shapes.choice import Times, ratio, undecided
 from timing.by_turns import Effort
@@ -20,6 +21,8 @@ from fastwkv.kernels.config import Launch
 TURN = Effort(repeats=1, seconds=0.0, turn=5e-3)
 ROUNDS = 3  # turns of every candidate before any is looked at more closely
 MOST_TURNS = 15
+REPLAYS = 7
+HEAD_START = 2e-3  # seconds in which the host has launched a graph
 COPIES = 16  # of the inputs, at most
 AGREE = {"bfloat16": 1e-2, "float32": 1e-4}  # of ‖result‖₂: beyond it a launch shape is wrong, not rounded otherwise
 COMPARED = {  # of the results, those that no launch shape may change
@@ -61,6 +64,23 @@ def timed(cuda: Any, call: Callable[[Any], Any], rounds: int = ROUNDS) -> CudaTa
     for _ in range(rounds):
         task.take_turn(TURN)
     return task
+
+
+def replays(cuda: Any, graphs: Mapping[str, Any], times: int, *, evict: bool = False) -> dict[str, float]:
+    """Return the median seconds of a replay of each graph, by turns, the device asleep until it is launched."""
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(times):
+        for name, graph in graphs.items():
+            cuda.synchronize()
+            if evict:
+                cuda.evict()
+            cuda.sleep(HEAD_START)
+            begin = cuda.mark()
+            graph.replay()
+            end = cuda.mark()
+            cuda.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: float(np.median(one)) for name, one in seconds.items()}
 
 
 @dataclass
@@ -125,7 +145,7 @@ class Trial:
         return wanted or results
 
     def _failed(self, launch: Launch, error: Exception) -> None:
-        self.failures[launch] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        self.failures[launch] = reason(error)
         self.times.pop(launch, None)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -134,12 +154,7 @@ class Trial:
         B, T, C = cell.shape
         for launch in self.case.launches():
             row: dict[str, Any] = {"what": "candidate", "op": cell.op, "pass": cell.which, "dtype": cell.dtype}
-            row |= {"B": B, "T": T, "C": C, "block_c": launch.block_c, "num_warps": launch.num_warps}
-            row |= {
-                "stages": launch.stages,
-                "chunk": launch.chunk,
-                "chunks": -(-self.case.run_shape[1] // launch.chunk),
-            }
+            row |= {"B": B, "T": T, "C": C, **asdict(launch), "chunks": -(-self.case.run_shape[1] // launch.chunk)}
             row |= {"in_use": launch == base}
             if launch in self.failures:
                 found.append(row | {"error": self.failures[launch]})
@@ -181,7 +196,7 @@ def _visit(trial: Trial, cuda: Any, budget: Budget, emit: Emit) -> None:
         trial.run(cuda, trial.wanted(), budget)
     except Exception as error:  # of the inputs: no candidate can be measured
         trial.turns = MOST_TURNS
-        emit({"what": "candidate", "case": str(trial.case.cell), "error": f"{type(error).__name__}: {error}"})
+        emit({"what": "candidate", "case": str(trial.case.cell), "error": reason(error)})
     for row in trial.rows():
         emit(row)
     cuda.release()

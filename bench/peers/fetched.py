@@ -26,6 +26,11 @@ def add_to_path() -> None:
         sys.path.append(str(PACKAGES))
 
 
+def sources() -> Path | None:
+    """Return the folder of the peer in CUDA, None if it was not fetched."""
+    return RWKV_CUDA if RWKV_CUDA.is_dir() else None
+
+
 def fetch() -> list[str]:
     """Fetch what is not there yet; return what was."""
     jobs = {PACKAGES: (list(WHEELS), _packages), RWKV_CUDA: ([TRANSFORMERS, *SOURCES], _sources)}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peers import fetched
 from torch import Tensor
 
 fetched.add_to_path()

@@ -1,15 +1,12 @@
 """gen_time.py for a short time on a GPU: a row for each series as it ends. Writes gen_time.json too."""
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
 import gen_time
-from common import program
-from common.command_line import Parser
+from common.program import run_and_save
+from common.rows import emit
 from generation.options import parse
-from gpu_minutes.journal import emit
 from precompiled import triton_keys
 
 OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
@@ -40,19 +37,10 @@ class Rows(gen_time.Run):
             emit(what="series", **plain)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = Parser(prog="gen_time_rows.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=100.0, metavar="S", help="to measure (default: 100)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of gen_time.json")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, a tiny model, a few tokens")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Run the step."""
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     chosen = OPTIONS_REHEARSED if args.rehearse else OPTIONS
-    run = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
-    return program.run_and_save(run.run, run.save)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
+    return run_and_save(rows.run, rows.save)

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_minutes.checking import Case, Check, Results
+from correctness.checks import Case, Check, Results
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
@@ -34,15 +34,15 @@ def model(config: RWKV4Config, dtype: torch.dtype, device: torch.device, seed: i
     return made
 
 
-def cases(rehearse: bool = False) -> Iterator[Case]:
+def cases(dtype: str, rehearse: bool = False) -> Iterator[Case]:
     """Return the cases of two dtypes and two ways to draw."""
-    for dtype in (torch.float32,) if rehearse else BOUNDS:
-        config = REHEARSED if rehearse else CONFIG
-        name = str(dtype).removeprefix("torch.")
+    config, count, few = (REHEARSED, 4, 2) if rehearse else (CONFIG, TOKENS, 12)
+    for of_model in (torch.float32,) if rehearse else BOUNDS:
+        name = str(of_model).removeprefix("torch.")
         for draw in DRAWS:
-            prepare = partial(_tokens, config, dtype, draw, 4 if rehearse else TOKENS)
+            prepare = partial(_tokens, config, of_model, draw, count)
             yield Case(f"{name}, {draw}", prepare, short=draw == "likeliest")
-        yield Case(f"{name}, features", partial(_features, config, dtype, 2 if rehearse else 12))
+        yield Case(f"{name}, features", partial(_features, config, of_model, few))
 
 
 def _prompt(config: RWKV4Config, length: int, device: torch.device) -> Tensor:
@@ -63,7 +63,7 @@ def _tokens(config: RWKV4Config, dtype: torch.dtype, draw: str, count: int, devi
         return run(True if device.type == "cuda" else None)
 
     names = ("tokens", *one.features(prompt)[1].tensors())
-    return Check("", launch, lambda: run(False), dict.fromkeys(names, 0.0), recorded=False)
+    return Check(launch, lambda: run(False), dict.fromkeys(names, 0.0), recorded=False)
 
 
 def _features(config: RWKV4Config, dtype: torch.dtype, count: int, device: torch.device) -> Check:
@@ -81,4 +81,4 @@ def _features(config: RWKV4Config, dtype: torch.dtype, count: int, device: torch
             state = state.clone()
             return {"x": torch.stack([one.step_(token, state) for token in text.unbind(1)], 1)}
 
-    return Check("", launch, wanted, {"x": BOUNDS[dtype]}, recorded=False)
+    return Check(launch, wanted, {"x": BOUNDS[dtype]}, recorded=False)

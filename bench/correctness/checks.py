@@ -1,28 +1,39 @@
-"""What every check of correctness does with a case: compare, run again, replay from a CUDA graph, print a row."""
+"""What is done with every case: compare with float64, run again, replay from a CUDA graph, print a row."""
 
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_minutes.journal import emit
-from gpu_minutes.reference import relative_errors
+from common.rows import emit, reason
+from correctness.reference import relative_errors
 from precompiled import triton_keys
 from torch import Tensor
 
 Results = dict[str, Tensor]
 
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of what is stored in 16 bits
+BATCH = 2
+# Tokens, those of a chunk where time is cut, and offsets where sequences are packed: chunks of one block of rows and of
+# several, sequences of one token, and such as start and end inside, at the edge of and across chunks.
+LENGTHS: dict[int, tuple[int, list[int]]] = {
+    1: (16, [0, 1]),
+    16: (16, [0, 5, 16]),
+    83: (16, [0, 5, 32, 33, 83]),
+    1000: (112, [0, 5, 112, 113, 300, 301, 1000]),
+}
+REHEARSED = {19: (16, [0, 5, 19])}
+LONG = 1000
 
 
 @dataclass(frozen=True)
 class Check:
-    """A case: what is launched, what it should give, and how far from that it may be."""
+    """What is launched, what it should give, and how far from that each result may be."""
 
-    name: str
     launch: Callable[[], Results]
     """Runs the kernels and returns their results; the same inputs each time."""
     wanted: Callable[[], Results]
@@ -31,19 +42,62 @@ class Check:
     """Whether it is also replayed from a CUDA graph."""
 
 
-Prepare = Callable[[torch.device], Check]
-
-
 @dataclass(frozen=True)
 class Case:
-    """A case whose tensors are made when its turn comes."""
+    """A check whose tensors are made when its turn comes."""
 
     name: str
-    prepare: Prepare
+    prepare: Callable[[torch.device], Check]
     short: bool = True
     """Whether it is looked at under compute-sanitizer, too."""
     public: bool = False
     """Whether it calls a public function, which may launch what no short case does."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides, beside the dtype, which kernels of an operator run."""
+
+    C: int
+    state: bool = False
+    packed: bool = False
+    chunks: bool = False
+    log: bool = False
+    fixed: bool = False
+    reverse: bool = False
+
+    def __str__(self) -> str:
+        """As rows name it."""
+        kinds = [name for name, value in vars(self).items() if value is True]
+        return f"C={self.C} {' '.join(kinds) or 'plain'}"
+
+
+def cases_of(
+    forms: Iterable[Form],
+    rehearse: bool,
+    launched: Callable[..., Check],
+    public: Callable[..., Check] | None,
+    strained: str,
+    strains: Callable[[Form], bool],
+) -> Iterator[Case]:
+    """Yield the cases of an operator: every form at every length, by the launchers and by the public function.
+
+    Both take a form, the tokens, those of a chunk and offsets, and the device. Of forms of which ``strains`` is true
+    there is a case that strains the arithmetic, called ``strained``.
+    """
+    lengths = REHEARSED if rehearse else LENGTHS
+    for form in forms:
+        for T, given in lengths.items():
+            if given[0] < T or not form.chunks:
+                yield Case(f"T={T} {form}", partial(launched, form, T, *given), short=T < LONG)
+        if rehearse:
+            continue
+        if public:
+            T = LONG if form.chunks else 83  # for which it chooses to cut time, or not to
+            yield Case(f"T={T} {form} public", partial(public, form, T, *LENGTHS[T]), short=False, public=True)
+        if strains(form):
+            prepare = partial(launched, form, LONG, *LENGTHS[LONG], strained=True)
+            yield Case(f"T={LONG} {form} {strained}", prepare, short=False)
 
 
 def run(group: str, cases: Iterable[Case], device: torch.device) -> int:
@@ -70,21 +124,18 @@ def compared(check: Check, device: torch.device, *, wrong: bool = False) -> dict
     if wrong:
         first = next(iter(found))
         found[first] = found[first] * 1.5
-    wanted = check.wanted()
-    if found.keys() != wanted.keys() or not wanted.keys() <= check.bounds.keys():
-        raise ValueError(f"results {sorted(found)}, expected {sorted(wanted)}, bounds {sorted(check.bounds)}")
+    wanted, bounds = check.wanted(), check.bounds
+    if found.keys() != wanted.keys() or not wanted.keys() <= bounds.keys():
+        raise ValueError(f"results {sorted(found)}, expected {sorted(wanted)}, bounds {sorted(bounds)}")
     errors = relative_errors(found, wanted)
-    worst = max(errors, key=lambda name: _excess(errors[name], check.bounds[name]))
-    complaints = [
-        f"{name} {errors[name]:.1e} > {check.bounds[name]:.0e}"
-        for name in errors
-        if not errors[name] <= check.bounds[name]  # NaN is not
-    ]
+    worst = max(errors, key=lambda name: _excess(errors[name], bounds[name]))
+    beyond = [name for name in errors if not errors[name] <= bounds[name]]  # NaN is not
+    complaints = [f"{name} {errors[name]:.1e} > {bounds[name]:.0e}" for name in beyond]
     if not wrong:
         complaints += _differences("the second time", found, check.launch())
         if check.recorded and device.type == "cuda":
             complaints += _differences("from a CUDA graph", found, replayed(check.launch))
-    row = {"worst": worst, "relative_error": errors[worst], "bound": check.bounds[worst]}
+    row = {"worst": worst, "relative_error": errors[worst], "bound": bounds[worst]}
     return row | ({"error": "; ".join(complaints)} if complaints else {})
 
 
@@ -129,11 +180,6 @@ def lost_device(device: torch.device) -> str | None:
     return None
 
 
-def reason(error: Exception) -> str:
-    """Return the first line of an error."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-
-
 def the_device(rehearse: bool) -> torch.device:
     """Return the GPU, or the CPU for a rehearsal; end the program if there is no GPU."""
     if rehearse:
@@ -147,19 +193,9 @@ def the_device(rehearse: bool) -> torch.device:
 def draws(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
     """Return a function that draws normal numbers in float64."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
-
-    return normal
+    return partial(torch.randn, generator=generator, dtype=torch.float64, device=device)
 
 
-def launched(cases: Iterable[Case]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Return the launches of cases with CPU tensors, as precompile.py makes them.
-
-    No length is compiled for, so short cases stand for the others that call the launchers.
-    """
-    cpu = torch.device("cpu")
-    for case in cases:
-        if case.short or case.public:
-            yield case.name, lambda case=case: case.prepare(cpu).launch()
+def wide(t: Tensor) -> Tensor:
+    """Return a copy in float64 or complex128."""
+    return t.to(torch.promote_types(t.dtype, torch.float64), copy=True)
