@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message without the usage and end the program."""
-        self.exit(2, f"gpu.py: {message}\n")
+        self.exit(2, f"{self.prog.partition(' ')[0]}: {message}\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ for package in ("tqdm", "transformers"):
 import gpu as program
 from common import about, command_line
 from gpu_minutes import parts as gpu
+from gpu_minutes.step import NOT_AVAILABLE
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}
@@ -70,7 +71,7 @@ def test_what_has_passed_is_not_run_again_and_what_failed_is(tmp_path: Path, mon
     def marking(name: str, status: int) -> Any:
         return part(name, f"import sys; open({str(tmp_path / name)!r}, 'a').write('x'); sys.exit({status})")
 
-    parts = marking("good", 0), marking("bad", 1), marking("absent", gpu.NOT_AVAILABLE)
+    parts = marking("good", 0), marking("bad", 1), marking("absent", NOT_AVAILABLE)
 
     def runs() -> dict[str, int]:
         return {name: (tmp_path / name).stat().st_size for name in ("good", "bad", "absent")}

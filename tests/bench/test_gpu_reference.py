@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_minutes import reference
+from correctness import reference
 
 from fastwkv import WKVState
 from fastwkv.reference import linear_scan, wkv_loop
