@@ -178,7 +178,7 @@ def predict(
     used = [kernels[which.summary]] * (chunks > 1) + [kernels[which.finish]]
     # Nobody asks for the summary of the chunk at the end.
     shares = [1 - 1 / chunks] * (chunks > 1) + [1.0]
-    moved = [share * (kernel.loaded + kernel.stored) * B * T * C for kernel, share in zip(used, shares, strict=True)]
+    moved = [share * kernel.moved * B * T * C for kernel, share in zip(used, shares, strict=True)]
     summaries = which.summary_numbers * accumulator * B * chunks * C if chunks > 1 else 0
     terms = [
         kernel_terms(kernel, round(share * programs), min(T, launch.chunk), bytes_moved, device)

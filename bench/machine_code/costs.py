@@ -79,6 +79,11 @@ class Figures:
     waiting: float | None = None
     """The same if loads take LOAD_CYCLES."""
 
+    @property
+    def moved(self) -> float:
+        """Bytes loaded and stored an element."""
+        return self.loaded + self.stored
+
 
 @dataclass(frozen=True)
 class Instruction:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import lzma
-import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,14 +113,6 @@ def manifest(path: Path) -> dict[str, Any]:
     return json.loads(data)
 
 
-def check(path: Path) -> Fit:
-    """Return whether a cache fits this machine, without unpacking it. It may be missing or damaged."""
-    try:
-        return _fit(manifest(path))
-    except DAMAGED as error:
-        return Fit(reasons=(_said(path, error),))
-
-
 def unpack(path: Path, folder: Path) -> Fit:
     """Unpack a cache into the ``folder`` that shall be ``TRITON_CACHE_DIR``; return what of it is of use."""
     try:
@@ -180,15 +171,3 @@ def _unpack(path: Path, about: dict[str, Any], folder: Path, launchers: bool) ->
         into = folder / triton_keys.folder_name(triton_keys.module_key(files[f"{launcher['at']}.c"].decode()))
         into.mkdir(parents=True, exist_ok=True)
         (into / f"{launcher['name']}{about['suffix']}").write_bytes(files[f"{launcher['at']}.so"])
-
-
-def main() -> int:
-    """Say whether a cache fits this machine, and unpack it if a folder is given too; return the exit status."""
-    fit = unpack(*map(Path, sys.argv[1:3])) if len(sys.argv) > 2 else check(Path(sys.argv[1]))
-    print(f"{fit.kernels} kernels, {fit.launchers} launchers")
-    print("\n".join((*fit.reasons, *fit.notes)))
-    return int(bool(fit.reasons))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

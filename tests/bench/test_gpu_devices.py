@@ -104,11 +104,7 @@ def test_file_that_is_named_and_is_none_ends_the_program(results, capsys):
 
 def test_model_of_a_measured_device_uses_and_names_its_figures(results, tmp_path, monkeypatch, capsys):
     path = results("somewhere", record())
-    kernel = Figures(
-        kernel="", dtype="float32", target="sm_90", num_warps=2, block_c=64, registers=64, spilled_bytes=0,
-        shared_bytes=0, instructions=12.8, special=3, loads={}, stores={}, loaded=8, stored=4, warps=32,
-        clocks=0.1, unit="issue", cycles=50, waiting=200,
-    )  # fmt: skip
+    kernel = Figures("", "float32", "sm_90", 2, 64, 64, 0, 0, 12.8, 3, {}, {}, 8, 4, 32, 0.1, "issue", 50, 200)
     asked = []
 
     def compiled(operator, dtype, program):

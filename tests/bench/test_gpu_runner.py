@@ -111,13 +111,14 @@ def test_plans_fit_into_their_budgets(kind: str) -> None:
     assert len({one.importance for one in steps}) == len(steps)
 
 
-def test_groups_that_fail_go_on_under_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_fail_go_on_under_the_sanitizer_and_those_out_of_time_do_not(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         plan, "memcheck", lambda names, seconds: step("memcheck", *(prints(what="seen", group=name) for name in names))
     )
-    checked = step("correctness", "exit(1)", "pass", "exit(1)", followed=True)
-    _, rows = run(tmp_path, checked)
-    assert {row["group"] for row in of(rows, "seen")} == {"correctness", "correctness2"}
+    checked = step("correctness", "import time; time.sleep(999)", "exit(1)", "pass", "exit(1)", followed=True)
+    hanging = replace(checked, commands=(replace(checked.commands[0], most=3.0), *checked.commands[1:]))
+    _, rows = run(tmp_path, hanging)
+    assert {row["group"] for row in of(rows, "seen")} == {"correctness1", "correctness3"}
 
 
 def test_background_step_runs_beside_the_others_and_ends_with_them(tmp_path: Path) -> None:
@@ -222,11 +223,3 @@ def test_patient_step_gets_more_than_is_planned_for_it(tmp_path: Path) -> None:
     status, rows = run(tmp_path, slow, step("rest", "pass", seconds=115.0))
     assert status == 0
     assert of(rows, "figure")
-
-
-def test_group_out_of_time_does_not_go_on_under_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "memcheck", lambda names, seconds: step("memcheck", prints(what="seen", group=names)))
-    checked = step("correctness", "import time; time.sleep(999)", "exit(1)", seconds=8.0, followed=True)
-    hanging = replace(checked, commands=(replace(checked.commands[0], most=3.0), checked.commands[1]))
-    _, rows = run(tmp_path, hanging, step("rest", "pass", seconds=100.0), budget=112.0)
-    assert [row["group"] for row in of(rows, "seen")] == [["correctness1"]]
