@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat, store
-from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
+from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
 from fastwkv.kernels.cpu.wkv_state import LOWEST, add, load_state, load_w, locate, ratio, rounded, store_packed
 
 # Scales are moved, and tokens heavier than the past added to it, up to e^64 = 6e27.
@@ -87,7 +87,9 @@ def _wkv_step_kernel(
             index = n * C + c
             w, u = load_w(w_ptr, c, sums), load(u_ptr, c, sums)
             k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-            num, den, scale = _weighed(*load_state(num_ptr, den_ptr, max_ptr, index, sums), sums)
+            num, den, scale = load_state(num_ptr, den_ptr, max_ptr, index, sums)
+            if any_true(den < (0.5**64 if sums.itemsize == 4 else 0.5**512)):  # hardly ever
+                num, den, scale = _weighed(num, den, scale, sums)
             gap, gap_low = _difference(scale, k)
             d, low = _difference(gap, u)
             near, E = _weight(d, gap_low + low, v)
