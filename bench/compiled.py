@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU.
+"""The machine code that the compiler makes of every kernel, without a GPU.
 
 Each kernel is compiled to machine code for the named targets, in every dtype and with the optional arguments that give
 it its variants. Of the main loop, for a lane, a token and a channel: instructions, special functions among them
@@ -72,7 +72,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[int, str, str]]:
         for target in args.targets
         if args.kernels.fullmatch(variant.name)
         and variant.takes(dtype)
-        # What has no stream in the model's dtype is the same for all that sum in float32.
+        # A kernel without a stream in the model's dtype is the same for all that sum in float32.
         and (variant.streams or dtype not in ("float16", "bfloat16"))
     ]
 

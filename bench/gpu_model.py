@@ -1,4 +1,4 @@
-"""What the operators should take on a GPU: a model's predictions from the machine code.
+"""Times that the operators should take on a GPU: a model's predictions from the machine code.
 
 A kernel takes the longest of
 - memory: the bytes that it loads and stores, over the copy bandwidth
@@ -9,7 +9,7 @@ A pass is the sum of its kernels, of what carries the state from chunk to chunk 
 fraction is that of the copy bandwidth, on the bytes that every implementation has to move. A real kernel overlaps the
 terms less well than this; a memory that is not busy answers sooner. Written to gpu_model.json as well.
 
-What a device does is assumed, or taken from what tune.py has measured there: from --measured, or from the results
+The figures of a device are assumed, or taken from what tune.py has measured there: from --measured, or from the results
 beside this program where they have such a file. The table says which.
 """
 
@@ -108,7 +108,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a pass on a shape."""
+    """The model's figures of a pass on a shape."""
 
     chunks: int
     warps: float
@@ -176,7 +176,7 @@ def predict(
     chunks = -(-T // launch.chunk)
     programs = B * chunks * -(-C // launch.block_c)
     used = [kernels[which.summary]] * (chunks > 1) + [kernels[which.finish]]
-    # Nobody asks for the summary of the chunk at the end.
+    # The chunk at the end needs no summary.
     shares = [1 - 1 / chunks] * (chunks > 1) + [1.0]
     moved = [share * kernel.moved * B * T * C for kernel, share in zip(used, shares, strict=True)]
     summaries = which.summary_numbers * accumulator * B * chunks * C if chunks > 1 else 0

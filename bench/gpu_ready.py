@@ -2,7 +2,7 @@
 
 Into build/gpu-ready, which goes to the machine with the GPU: the kernels of `gpu.py first`, compiled by the version of
 Triton that such machines have; the peers of the benchmarks; the commit. Triton itself, which stays here, is installed
-into build/gpu-env and nowhere else. Then both commands are rehearsed. What is up to date is not made again.
+into build/gpu-env and nowhere else. Then both commands are rehearsed. Files that are up to date are not made again.
 """
 
 import os
@@ -22,7 +22,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = "3.6.0"  # of PyTorch 2.11, which the machines with GPUs have
 ENVIRONMENT = ROOT / "build" / "gpu-env"
-REHEARSAL = "1500"  # seconds for each command: four minutes on two idle cores, and nobody waits for a busy machine
+REHEARSAL = "1500"  # seconds for each command, which takes four minutes on two idle cores
 LARGEST = 64 << 20  # bytes of all that travels
 
 

@@ -3,9 +3,10 @@
 Each module has a function ``launches()`` that yields names and calls, the most valuable first; every call makes, with
 CPU tensors that nothing is in, the launches that its program will make. It is run with the version of Triton that the
 machine with the GPU has; the versions of PyTorch and of Python do not matter. First the launches are gone through
-without compiling, to see which kernels are new in which; then several processes compile. What an earlier run has
-compiled is taken from its cache. At the end, or on Ctrl-C, all is packed into one file (precompiled/kernel_cache.py).
-It fits no other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
+without compiling, to see which kernels are new in which; then several processes compile. Kernels that an earlier run
+has compiled are taken from its cache. At the end, or on Ctrl-C, all is packed into one file
+(precompiled/kernel_cache.py). It fits no other version of Triton, and no kernels that have changed since, be it that
+only a line above them was added.
 """
 
 import importlib
@@ -119,7 +120,7 @@ def entry(kernel: Kernel) -> kernel_cache.Entry:
 
 
 class Compiled:
-    """What the processes have sent."""
+    """The kernels and launchers that the processes have sent, and what failed."""
 
     def __init__(self) -> None:
         """Begin with nothing."""

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         for group in wanted:
             emit(what="memcheck", group=group, reason="a rehearsal" if args.rehearse else "there is no such tool")
         return 0 if args.rehearse else NOT_AVAILABLE
-    # Whatever PyTorch asks of the driver and may be refused is no error of ours.
+    # A request of PyTorch's that the driver refuses is no error of ours.
     options = ["--report-api-errors", "no"] if args.tool == "memcheck" else []
     command = [found, "--tool", args.tool, "--error-exitcode", "1", "--print-limit", "10", *options]
     with ThreadPoolExecutor(len(wanted)) as pool:

@@ -1,6 +1,6 @@
-"""What the kernels load and store, in bytes a token and channel, beside what every implementation has to.
+"""Bytes that the kernels load and store for a token and channel, beside those that every implementation has to.
 
-The kernels are interpreted and each of their accesses to memory is counted. What PyTorch does between them is not: sums
+The kernels are interpreted and each of their accesses to memory is counted. PyTorch's work between them is not: sums
 over the chunks, numbers of packed sequences. "k 3.00 (1.5 times)" is read 1.5 times. Written to traffic.json as well.
 """
 

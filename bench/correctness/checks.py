@@ -1,4 +1,4 @@
-"""What is done with every case: compare with float64, run again, replay from a CUDA graph, print a row."""
+"""The check of a case: compare with float64, run again, replay from a CUDA graph, print a row."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ LONG = 1000
 
 @dataclass(frozen=True)
 class Check:
-    """What is launched, what it should give, and how far from that each result may be."""
+    """A launch, the results that it should give, and how far from them each may be."""
 
     launch: Callable[[], Results]
     """Runs the kernels and returns their results; the same inputs each time."""
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Form:
-    """What decides, beside the dtype, which kernels of an operator run."""
+    """The properties that decide, beside the dtype, which kernels of an operator run."""
 
     C: int
     state: bool = False

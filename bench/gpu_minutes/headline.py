@@ -96,7 +96,7 @@ def forward(inputs: tuple[Tensor, ...], cut: Tensor | None, save: bool) -> tuple
 
 
 def backward(inputs: tuple[Tensor, ...], cut: Tensor | None, kept: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-    """Launch a backward pass. What the forward pass kept are WKV's checkpoints, of the scan its result."""
+    """Launch a backward pass. The forward pass of WKV kept checkpoints, that of the scan its result."""
     if len(inputs) == 4:
         w, u, k, v = inputs
         return wkv_bwd(w, u, k, v, None, cut, kept, gradient, None)

@@ -1,4 +1,4 @@
-"""What a run leaves behind, written the moment it is known: rows.jsonl, log.txt and table.txt in one folder."""
+"""The files that a run leaves behind, written the moment something is known: rows.jsonl, log.txt and table.txt."""
 
 import json
 import threading

@@ -17,6 +17,7 @@ from typing import Any
 
 from common.rows import emit
 from gpu_minutes.runner import CACHE
+from precompiled import kernel_cache
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
 TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
@@ -89,10 +90,6 @@ def unpacked(cache: Path, folder: Path, rehearse: bool = False) -> dict[str, Any
     In a rehearsal none needs to be: they are for the Triton of the machine with the GPU, and here none is started.
     """
     began = time.monotonic()
-    try:
-        from precompiled import kernel_cache
-    except ImportError:
-        return {"kernels": 0, "reason": "nothing here was compiled beforehand"}
     if not cache.exists():
         return {"kernels": 0, "reason": f"there is no {cache.name}: kernels are compiled when they are needed"}
     fit = kernel_cache.unpack(cache, folder)

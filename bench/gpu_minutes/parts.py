@@ -1,8 +1,8 @@
 """Everything that needs a GPU, part by part: the tests on CUDA tensors, compute-sanitizer, the benchmarks.
 
-A part is a command of at most nine minutes. What became of it stands in gpu.json beside the results, with the digest of
-the code that it ran on: a part that has passed is not run again until the code changes, or --again. A part that fails
-does not keep the next ones from running. Every benchmark writes into a folder of its own, named after the part.
+A part is a command of at most nine minutes. Its outcome stands in gpu.json beside the results, with the digest of the
+code that it ran on: a part that has passed is not run again until the code changes, or --again. A part that fails does
+not keep the next ones from running. Every benchmark writes into a folder of its own, named after the part.
 """
 
 import json

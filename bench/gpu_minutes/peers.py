@@ -1,7 +1,7 @@
 """ops.py for a short time on a GPU: ours beside the peers that are quick to come, a row a figure as it exists.
 
-Peers that loop in Python, or are compiled anew for every shape, are left out. What is right is told by float64 on the
-device, not by a loop on the CPU or by numba.
+Peers that loop in Python, or are compiled anew for every shape, are left out. The right results are those of float64 on
+the device, not of a loop on the CPU or by numba.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     elif (folder := fetched.sources()) is not None:
         options += ["--rwkv-cuda", str(folder)]
     made = ops.parse(options)
-    made.providers = None  # nobody was asked for by name: whose first calls take too long is not asked again
+    made.providers = None  # no peer was named: one whose first calls take too long is not asked again
     RWKV_CUDA.lengths = (TOKENS,)
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found

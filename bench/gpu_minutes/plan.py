@@ -1,4 +1,4 @@
-"""What a short time on a GPU is for: the steps of the first and of the second command, their order and their seconds.
+"""The steps of the first and of the second command for a few minutes on a GPU, their order and their seconds.
 
 A step is one command or several at once. Each prints rows on stdout, one JSON object a line, as its figures exist. The
 times are estimates: nothing of this has run on a GPU. Order is that of importance, but for what costs next to nothing.
@@ -40,7 +40,7 @@ class Step:
     name: str
     about: str
     seconds: float
-    """What is planned for it."""
+    """Seconds that are planned for it."""
     least: float
     """Below which it is not worth starting."""
     importance: int

@@ -1,7 +1,7 @@
 """Processes that may hang or die: each the head of a group of its own, which ends as a whole.
 
-Whatever one prints on stdout is handed over line by line as it comes, and what it says on stderr as bytes. Should the
-process that started them be killed, the system ends them too.
+Lines that one prints on stdout are handed over as they come, and its stderr as bytes. Should the process that started
+them be killed, the system ends them too.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def environment(**more: str) -> dict[str, str]:
     """Return that of a process which finds the package and bench/, installed or not."""
     paths = [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     fixed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    # What torch.compile compiles with is one process for each of ours.
+    # torch.compile then compiles with one process for each of ours.
     return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, **fixed, **more}
 
 
@@ -130,7 +130,7 @@ def finish(one: Running) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
         one.process.wait(GRACE)
     one.ended = time.monotonic()
-    for reader in one.readers:  # of a process that has left the group nobody waits for the end
+    for reader in one.readers:  # the end of a process that has left the group is not waited for
         reader.join(1.0)
 
 

@@ -77,7 +77,7 @@ class Case:
 
     @property
     def compulsory_bytes(self) -> int:
-        """What every implementation has to move."""
+        """Bytes that every implementation has to move."""
         B, T, C = self.run_shape
         return STREAMS[self.cell.op, self.cell.which] * B * T * C * DTYPES[self.cell.dtype].itemsize
 

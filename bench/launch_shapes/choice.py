@@ -1,12 +1,12 @@
-"""What measurements of launch shapes say: the best of each case, the spread, and what kernels/config.py should hold.
+"""Conclusions from measured launch shapes: the best of each case, the spread, and the plans for kernels/config.py.
 
-Two launch shapes are compared turn by turn, so that a clock that changes from turn to turn falls on both. Of a case
-and a launch shape the ratio is the median, over the turns, of its time over that of the shape in use; the spread is
-the distance of the quantiles 0.1 and 0.9 of these ratios.
+Two launch shapes are compared turn by turn, so that a clock that changes from turn to turn falls on both. Of a case and
+a launch shape the ratio is the median, over the turns, of its time over that of the shape in use; the spread is the
+distance of the quantiles 0.1 and 0.9 of these ratios.
 
 A pass has one plan for all shapes and dtypes. Another plan is better by 1 - the geometric mean of its ratios, over the
-cases that it launches differently. It is proposed where that exceeds the mean of their spreads, and where in no case
-it is slower by more than the spread of that case.
+cases that it launches differently. It is proposed where that exceeds the mean of their spreads, and where in no case it
+is slower by more than the spread of that case.
 """
 
 import difflib
@@ -20,7 +20,7 @@ import numpy as np
 
 from fastwkv.kernels.config import Launch, Plan
 
-MIN_TURNS = 3  # below which nobody knows a spread
+MIN_TURNS = 3  # below which no spread is known
 QUANTILES = (0.1, 0.9)
 SHAPE = ("block_c", "num_warps", "stages")  # fields of a plan that are chosen together
 GROUPS = (SHAPE, ("warps",), ("row_bytes",))
@@ -97,7 +97,7 @@ def ranked(times: Times, base: Launch) -> list[tuple[Launch, Ratio]]:
 
 
 def undecided(times: Times, base: Launch) -> list[Launch]:
-    """Return the launch shapes of which nobody knows yet which is the fastest; none where it is sure."""
+    """Return the launch shapes that may still be the fastest; none where it is sure."""
     order = ranked(times, base)
     if not order:
         return list(times)
@@ -121,8 +121,8 @@ def propose(
 ) -> tuple[Plan, list[Comparison]]:
     """Return the plan that a pass should have, and the comparisons that it rests on, none if it should stay.
 
-    Of each group of fields the best plan that differs from that in use in this group alone is taken. What several
-    groups make together has not been measured.
+    Of each group of fields the best plan that differs from that in use in this group alone is taken.
+    Changes of several groups together have not been measured.
     """
     found = [one for plan in plans if (one := compare(cells, now, plan, launch_of)) and one.better]
     chosen, reasons = now, []

@@ -1,4 +1,4 @@
-"""What tune.py asks of a GPU beyond what the other benchmarks ask of it, and a CPU that answers in a rehearsal."""
+"""A GPU as tune.py asks of it, beyond what the other benchmarks ask, and a CPU that answers in a rehearsal."""
 
 import subprocess
 import time
@@ -17,7 +17,7 @@ AHEAD = 2  # calls of a load before what runs beside it begins
 
 
 class Gpu(Cuda):
-    """What is asked of CUDA."""
+    """The answers of CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -1,4 +1,4 @@
-"""What tune.py says at the end: the plans that should change, and a table for a person."""
+"""The end of tune.py: the plans that should change, and a table for a person."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What rows of tune.py say to a person, in lines: the fastest launch shapes of each case alone. Imports no PyTorch."""
+"""Rows of tune.py in lines for a person: of each case the fastest launch shape alone. Imports no PyTorch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

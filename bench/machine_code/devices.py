@@ -1,4 +1,4 @@
-"""What gpu_model.py knows of a device: what it assumes, and what tune.py has measured there in its place."""
+"""The devices of gpu_model.py: figures that it assumes, and those that tune.py has measured in their place."""
 
 import argparse
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Peers for a machine without a network: fetched into build/gpu-ready, which git ignores, and found there.
 
-What is installed comes first. Nothing of a peer is part of this repository.
+Installed packages come first. Nothing of a peer is part of this repository.
 """
 
 import json

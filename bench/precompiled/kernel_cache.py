@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fit:
-    """What of a packed cache is of use on this machine."""
+    """The part of a packed cache that is of use on this machine."""
 
     kernels: int = 0
     """That will be found, if none of their sources has changed."""
@@ -45,7 +45,7 @@ class Fit:
     reasons: tuple[str, ...] = ()
     """Why some or all of it will not be found."""
     notes: tuple[str, ...] = ()
-    """What is another here and does not matter."""
+    """Differences that do not matter."""
 
 
 def source_digests(files: Iterable[str | Path]) -> dict[str, str]:

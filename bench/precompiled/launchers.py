@@ -32,7 +32,7 @@ FLAGS = ("-O3", "-shared", "-fPIC", "-Wno-psabi")  # Triton's own
 
 
 class Sources:
-    """What Triton would have compiled, by its text: the names of modules."""
+    """Sources that Triton would have compiled, and the names of their modules."""
 
     def __init__(self) -> None:
         """Record none yet."""

@@ -1,4 +1,4 @@
-"""Where Triton looks for what it has compiled, and what that depends on.
+"""The folders in which Triton looks for compiled kernels, and what their names depend on.
 
 Its cache has a folder for each kernel, named after a digest of: the files of Triton's compiler, backends and language
 and its ``libtriton.so`` (``triton_key``); the source text of the function and of all that it calls, with their first

@@ -1,4 +1,4 @@
-"""What the model of a GPU takes from measurements, and what it goes on assuming."""
+"""The model of a GPU takes figures from measurements, and goes on assuming the others."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What a person reads after a short time on a GPU: all that failed, the figures that matter, below 10 kB."""
+"""The table of a short time on a GPU: all that failed, the figures that matter, below 10 kB."""
 
 from typing import Any
 

@@ -65,7 +65,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def seen():
-    """What a process of its own has seen."""
+    """Return the findings of a process of its own."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What is made of measurements of launch shapes: made-up ones, of which the answer is known."""
+"""Conclusions from measurements of launch shapes: made-up ones, of which the answer is known."""
 
 import math
 from dataclasses import replace
