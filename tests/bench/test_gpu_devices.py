@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import gpu_model
 import machine_code.devices
 import pytest
 from machine_code.costs import Figures
-from machine_code.devices import DEVICES, devices_of, source_lines
+from machine_code.devices import DEVICES, devices_of, measured, source_lines
 
 from fastwkv.kernels.config import Launch
 
@@ -53,9 +54,9 @@ def results(tmp_path, monkeypatch):
 
 
 def test_figures_under_load_are_taken():
-    assert devices.measured(record()) == ALL
-    assert devices.measured(record(ROWS[:2])) == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
-    assert devices.measured(record([])) == {}
+    assert measured(record()) == ALL
+    assert measured(record(ROWS[:2])) == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
+    assert measured(record([])) == {}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_figures_under_load_are_taken():
 )
 def test_what_was_not_measured_on_a_gpu_is_refused(other):
     with pytest.raises(ValueError, match=r"not a record of tune\.py on a GPU"):
-        devices.measured(other)
+        measured(other)
 
 
 def test_without_a_file_all_is_assumed(results):
@@ -78,12 +79,12 @@ def test_results_of_a_device_are_found_and_those_of_others_are_left(results):
     results("a-processor", record(kind="cpu"))
     found = devices(names=("h200", "h100"))
     assert found["h200"] == (DEVICES["h200"], {})
-    device, known = found["h100"]
-    assert known == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
+    device, figures = found["h100"]
+    assert figures == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
     assert (device.copy_bandwidth, device.latency) == (2.9e12, DEVICES["h100"].latency)
     (line,) = source_lines({"h100": found["h100"]})
-    measured, assumed = line.split("; ")
-    assert measured == "h100: measured multiprocessors 114, copy_bandwidth 2.9e+12"
+    known, assumed = line.split("; ")
+    assert known == "h100: measured multiprocessors 114, copy_bandwidth 2.9e+12"
     assert assumed == "assumed clock 1.755e+09, latency 8e-07, launch 3e-06"
 
 
@@ -91,7 +92,7 @@ def test_file_that_is_named_adds_its_device(results):
     path = results("somewhere", record(name="NVIDIA GH200 480GB"))
     found = devices(path)
     assert list(found) == ["h200", "nvidia-gh200-480gb"]
-    assert devices.asdict(found["nvidia-gh200-480gb"][0]) == ALL
+    assert asdict(found["nvidia-gh200-480gb"][0]) == ALL
 
 
 def test_file_that_is_named_and_is_none_ends_the_program(results, capsys):
