@@ -18,7 +18,6 @@ LINE = 64  # numbers of 4 bytes from one link of the chain to the next: no two l
 CHAINS = 5  # measured; the median counts
 STEP_SECONDS = 2e-6  # of a load, at most: a load beside them lasts for longer than the chain
 GRAPH_LAUNCHES = 100
-WAIT = 1.5  # seconds of a load while the driver is asked for clocks
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def nothing(x: Tensor) -> None:
 def measure(cuda: Any, budget: Budget, emit: Emit, rehearsal: bool = False) -> None:
     """Measure one after the other while there is time; a measurement that fails is a row, and the others go on."""
     scale = REHEARSED if rehearsal else Scale()
-    steps = (_device, _copies, _launches, _latency_alone, _latency_beside_copies, _latency_beside_kernel, _driver)
+    steps = (_device, _copies, _launches, _latency_alone, _latency_beside_copies, _latency_beside_kernel)
     for step in steps:
         name = step.__name__.strip("_")
         if budget.left() <= 0:
@@ -152,19 +151,6 @@ def _latency(chain: Chain, beside: str, load: Callable[[], Any] | None) -> Itera
     latency, clock = chain.measure(load, times)
     yield {"name": "latency", "unit": "s", "value": latency, "beside": beside}
     yield {"name": "clock", "unit": "Hz", "value": clock, "beside": beside}
-
-
-def _driver(cuda: Any, scale: Scale, rehearsal: bool) -> Iterator[dict[str, Any]]:
-    """Ask the driver while a kernel keeps the device busy."""
-    case = _load(rehearsal)
-    tensors = draw(case, cuda.device, 0)
-    launch = case.launch(case.now)
-    seconds = float(np.median(timed(cuda, lambda _: call(case.cell, tensors, launch), 1).seconds))
-    for _ in range(1 if rehearsal else min(500, math.ceil(WAIT / seconds))):  # a queue holds about a thousand kernels
-        call(case.cell, tensors, launch)
-    if told := cuda.clocks():
-        yield {"name": "driver", "beside": "wkv backward", **told}
-    cuda.synchronize()
 
 
 def _load(rehearsal: bool) -> Case:

@@ -1,6 +1,5 @@
 """A GPU as tune.py asks of it, beyond what the other benchmarks ask, and a CPU that answers in a rehearsal."""
 
-import subprocess
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,9 +9,6 @@ import torch
 from timing.on_gpu import Cuda
 from torch import Tensor
 
-SMI = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader,nounits")
-SMI_FIELDS = ("sm_mhz", "memory_mhz", "watts")
-PATIENCE = 5  # seconds, of nvidia-smi
 AHEAD = 2  # calls of a load before what runs beside it begins
 
 
@@ -42,16 +38,6 @@ class Gpu(Cuda):
         """Return clocks and nanoseconds that a kernel has counted."""
         clocks, nanoseconds = found.tolist()
         return clocks, nanoseconds
-
-    def clocks(self) -> dict[str, float]:
-        """Return what nvidia-smi says of clocks and power, nothing where there is none."""
-        try:
-            done = subprocess.run(
-                [*SMI, f"--id={self.device.index or 0}"], capture_output=True, text=True, timeout=PATIENCE, check=True
-            )
-            return dict(zip(SMI_FIELDS, map(float, done.stdout.split(",")), strict=True))
-        except (OSError, ValueError, subprocess.SubprocessError):
-            return {}
 
     def release(self) -> None:
         """Give memory back that no tensor has."""
@@ -93,7 +79,3 @@ class Rehearsal:
     def counters(self, found: Tensor) -> tuple[int, int]:
         """Return the counters of a clock of 1.5 GHz, whatever the kernel says."""
         return 3 * found.numel(), 2 * found.numel()
-
-    def clocks(self) -> dict[str, float]:
-        """Return nothing: no driver is asked."""
-        return {}

@@ -30,10 +30,6 @@ def lines(rows: Iterable[Row]) -> Iterator[str]:
     for row in facts:
         where = row.get("beside") or row.get("copied_bytes") or row.get("where")
         yield f"  {row['name']}{f', {where}' if where else ''}: {row['value']:.4g} {row.get('unit', '')}".rstrip()
-    for row in found:
-        if row["what"] == "assumption" and row.get("name") == "driver":
-            told = (f"{key} {value:.0f}" for key, value in row.items() if isinstance(value, float))
-            yield f"  driver, {row.get('beside')}: {', '.join(told)}"
     yield from _skeletons([row for row in found if row["what"] == "skeleton" and "ms" in row])
     for row in found:
         if row["what"] == "l2" and "saved" in row:

@@ -98,15 +98,6 @@ class StandIn:
         """Return where its tensors are."""
         return torch.device("cpu")
 
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """Return what times the configurations of an autotuner: it calls each once, so that all are compiled."""
-        return _call_once
-
-
-def _call_once(call: Callable[[], object], quantiles: Any = None, **_: Any) -> list[float]:
-    call()
-    return [1.0] * len(quantiles or "1")
-
 
 def _load_binary(*_: Any) -> tuple[Any, ...]:
     """Return module, function, registers, spills and, from Triton 3.4 on, threads. Of no module none is unloaded."""

@@ -141,13 +141,16 @@ def test_background_step_runs_beside_the_others_and_ends_with_them(tmp_path: Pat
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start a run in a process of its own: a step with a figure, then one that hangs; wait until it does."""
+    steps = [step("one", prints(what="figure")), step("hangs", IGNORES + "time.sleep(999)")]
     code = f"""
 import sys, time
-sys.path[:0] = [{str(ROOT / "bench")!r}, {str(Path(__file__).parent)!r}, {str(ROOT / "tests" / "support")!r}]
-import test_gpu_runner as here
-steps = here.step("one", here.prints(what="figure")), here.step("hangs", here.IGNORES + "time.sleep(999)")
-written = here.journal.Journal(here.Path({str(folder)!r}), time.monotonic())
-sys.exit(here.runner.Run("first", steps, 300.0, written).run())
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "bench")!r})
+from gpu_minutes import journal, runner
+from gpu_minutes.plan import Command, Step
+written = journal.Journal(Path({str(folder)!r}), time.monotonic())
+inf = float("inf")
+sys.exit(runner.Run("first", {steps!r}, 300.0, written).run())
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT, text=True)
     for _ in range(3000):

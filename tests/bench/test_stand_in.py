@@ -49,16 +49,14 @@ for name, call in calls.items():
 same = state() == before
 
 value = torch.full((4, 64), -1.0)
-tuned = triton.autotune([triton.Config({}, num_warps=n) for n in (1, 2)], key=[])(rwkv4_step._relu_squared_kernel)
 try:
-    with stand_in(compiles=False) as tuner:
-        tuned[(1,)](value, 256, BLOCK=256, ACC=triton.language.float32)
+    with stand_in(compiles=False):
+        rwkv4_step.relu_squared_(value)
         raise KeyError
 except KeyError:
     pass
 print(json.dumps({
     "found": found, "same": same, "after an error": state() == before, "unchanged": bool((value == -1).all()),
-    "tuned": sorted(kernel.options["num_warps"] for kernel in tuner.kernels),
 }))
 """
 
@@ -83,10 +81,6 @@ def test_nothing_runs_and_all_is_as_before_afterwards(seen):
     assert seen["unchanged"]
     assert seen["same"]
     assert seen["after an error"]
-
-
-def test_all_configurations_of_an_autotuner_are_asked_for(seen):
-    assert seen["tuned"] == [1, 2]
 
 
 def test_interpreted_kernels_are_refused():

@@ -139,7 +139,6 @@ def test_figures_of_the_device_are_those_of_the_simulation(monkeypatch):
     for beside in ("nothing", "copies", "wkv backward"):
         assert found["latency", beside] == pytest.approx(2e-6 / assumptions.REHEARSED.steps)
         assert found["clock", beside] == pytest.approx(1.755e9)
-    assert ("driver", "wkv backward") in found
     assert len(gpu.loads) == 2 * assumptions.CHAINS
 
 

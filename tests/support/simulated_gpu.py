@@ -100,9 +100,6 @@ class SimulatedGpu(Simulated):
     def counters(self, found: torch.Tensor) -> tuple[int, int]:
         return self.counted
 
-    def clocks(self) -> dict[str, float]:
-        return {"sm_mhz": 1755.0, "memory_mhz": 2619.0, "watts": 512.0}
-
     def release(self) -> None:
         self.released += 1
 
