@@ -21,7 +21,8 @@ from precompiled import kernel_cache
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "hypothesis", "pytest", "pytest-xdist", "ninja")
 TOOLS = ("gcc", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
-DEVICE = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+DEVICE = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,"
+DEVICE += "mig.mode.current"
 CLOCKS = {"mhz": "clocks.sm", "memory_mhz": "clocks.mem", "watts": "power.draw", "celsius": "temperature.gpu"}
 EVERY = 100  # milliseconds
 
