@@ -61,8 +61,19 @@ COMPLEX = {"complex64": "float32", "complex128": "float64", "bfloat16x2": "bfloa
 STREAMS = {"k_ptr", "v_ptr", "y_ptr", "gy_ptr", "gk_ptr", "gv_ptr"}  # stored in the dtype of the model
 STREAMS |= {"a_ptr", "x_ptr", "h_ptr", "gh_ptr", "ga_ptr", "gx_ptr"}
 STREAMS |= {"r_ptr", "weight_ptr", "bias_ptr", "before_ptr", "mix0_ptr", "mix1_ptr", "mix2_ptr", "mixed_ptr"}
+OPTIONAL = {
+    "r_ptr",
+    "initial_ptr",
+    "carry_ptr",
+    "edge_ptr",
+    "checkpoint_ptr",
+    "gfinal_ptr",
+    "ginitial_ptr",
+    "entry_ptr",
+    "cu_seqlens_ptr",
+    "source_ptr",
+}
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
-OPTIONAL = STATES | {"r_ptr", "carry_ptr", "edge_ptr", "checkpoint_ptr", "cu_seqlens_ptr", "source_ptr"}
 BLOCKS = {  # of kernels that do not walk along time, of four warps
     wkv_step._wkv_step_kernel: wkv_step.BLOCK,
     linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK,
