@@ -15,11 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
-    from common.rows import emit
+    from common.light import NOT_AVAILABLE, Parser, emit, tool
     from correctness import groups
-    from gpu_minutes.commands import Parser
-    from gpu_minutes.machine import tool
-    from gpu_minutes.step import NOT_AVAILABLE
 except ImportError as error:
     sys.exit(f"sanitize.py: {error}; pip install -e . installs what it needs")
 

@@ -21,8 +21,8 @@ try:
     from common import result_file
     from common.about import about_run
     from common.command_line import Parser, add_out, device, names, parser_of, positive
+    from common.light import emit as print_row
     from common.program import run_and_save
-    from common.rows import emit as print_row
 except ImportError as error:
     sys.exit(f"tune.py: {error}; pip install -e '.[bench]' installs what it needs")
 

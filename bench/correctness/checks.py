@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common.rows import emit, reason
+from common.light import emit, reason
 from correctness.reference import relative_errors
 from precompiled import triton_keys
 from torch import Tensor

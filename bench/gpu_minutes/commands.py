@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
+from common.light import Parser
 from correctness.groups import GROUPS
 from gpu_minutes import journal, plan, runner, table
 from gpu_minutes.processes import ROOT
@@ -17,14 +17,6 @@ from gpu_minutes.processes import ROOT
 BUDGETS = {"first": 300.0, "second": 380.0}  # seconds
 COMMANDS = (*BUDGETS, "table")
 COMMIT = "FASTWKV_COMMIT"  # of the environment; what about.py tells of a checkout without history
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser of one-line complaints."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message without the usage and end the program."""
-        self.exit(2, f"{self.prog.partition(' ')[0]}: {message}\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -4,8 +4,8 @@ import argparse
 import time
 
 import gen_time
+from common.light import emit
 from common.program import run_and_save
-from common.rows import emit
 from generation.options import parse
 from precompiled import triton_keys
 

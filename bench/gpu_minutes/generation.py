@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from common.interpreted import interpreted_kernels
+from common.light import emit, reason
 from common.program import no_garbage_collection
-from common.rows import emit, reason
 from correctness.checks import the_device
 from correctness.generation import REHEARSED, model
 from generation.decode import parameters_read

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.rows import emit, reason
+from common.light import emit, reason
 from correctness.checks import the_device
 from gpu_minutes.machine import Clocks
 from launch_shapes.device import Rehearsal

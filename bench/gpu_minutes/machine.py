@@ -6,7 +6,6 @@ Nothing here imports PyTorch.
 import argparse
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import threading
@@ -15,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.rows import emit
+from common.light import emit, tool
 from gpu_minutes.runner import CACHE
 from precompiled import kernel_cache
 
@@ -33,11 +32,6 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def tool(name: str) -> str | None:
-    """Return where a tool is."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def devices() -> list[dict[str, str]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import ops
 import torch
+from common.light import emit, reason
 from common.program import run_and_save
-from common.rows import emit, reason
 from correctness import reference
 from correctness.checks import wide
 from peers import fetched

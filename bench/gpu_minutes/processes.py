@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_minutes.step import NOT_AVAILABLE
+from common.light import NOT_AVAILABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 3.0  # seconds for a process that is asked to end

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from common.rows import emit
-from gpu_minutes.machine import tool
-from gpu_minutes.step import NOT_AVAILABLE
+from common.light import NOT_AVAILABLE, emit, tool
 
 STALLS = (
     "long_scoreboard", "short_scoreboard", "wait", "barrier", "lg_throttle", "mio_throttle", "math_pipe_throttle",

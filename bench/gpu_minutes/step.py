@@ -9,7 +9,6 @@ import importlib
 import sys
 from pathlib import Path
 
-NOT_AVAILABLE = 77
 STEPS = ("machine", "headline", "generation", "profile", "tests", "peers", "gen_time")
 
 

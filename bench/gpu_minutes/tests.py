@@ -6,9 +6,8 @@ import os
 from contextlib import redirect_stdout
 from typing import Any
 
-from common.rows import emit
+from common.light import NOT_AVAILABLE, emit
 from gpu_minutes.processes import ROOT
-from gpu_minutes.step import NOT_AVAILABLE
 
 
 class Rows:

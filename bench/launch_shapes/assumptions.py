@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.rows import reason
+from common.light import reason
 from launch_shapes.candidates import Case, call, cases, draw, empty
 from launch_shapes.kernels import chase_kernel, empty_kernel
 from launch_shapes.turns import REPLAYS, Budget, Emit, replays, timed

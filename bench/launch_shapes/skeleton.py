@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.rows import reason
+from common.light import reason
 from launch_shapes.candidates import ALL, DTYPES, PROGRAMS
 from launch_shapes.kernels import backward_pattern, forward_pattern
 from launch_shapes.turns import REPLAYS, ROUNDS, Budget, Emit, replays, turn_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.light import reason
 from common.program import no_garbage_collection
-from common.rows import reason
 from launch_shapes.candidates import Case, call, draw
 from launch_shapes.choice import Times, ratio, undecided
 from timing.by_turns import Effort

@@ -16,9 +16,9 @@ for package in ("tqdm", "transformers"):
 
 import gpu as program
 from common import about, command_line
+from common.light import NOT_AVAILABLE
 from gpu_minutes import parts as gpu
 from gpu_minutes import processes
-from gpu_minutes.step import NOT_AVAILABLE
 
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}
 

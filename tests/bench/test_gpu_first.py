@@ -13,7 +13,7 @@ import gpu
 import pytest
 import torch
 from bench_scripts import ROOT, assert_refused
-from common import about
+from common import about, light
 from gpu_minutes import commands, machine, plan, profile, step
 from precompiled import kernel_cache
 
@@ -141,9 +141,8 @@ def test_kernels_for_another_machine_are_no_failure_of_a_rehearsal(tmp_path: Pat
 
 
 def test_missing_tools_and_gpu_are_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda *_, **__: None)
-    monkeypatch.setattr(profile, "tool", lambda name: None)
-    assert step.main(["profile"]) == step.NOT_AVAILABLE
+    monkeypatch.setattr(light.shutil, "which", lambda *_, **__: None)
+    assert step.main(["profile"]) == light.NOT_AVAILABLE
     assert json.loads(capsys.readouterr().out)["reason"] == "there is no ncu"
     assert machine.run(argparse.Namespace(rehearse=False)) == 1
     assert "there is no GPU here" in capsys.readouterr().out
