@@ -6,14 +6,13 @@ import time
 import gen_time
 from common.light import emit
 from common.program import run_and_save
-from generation.options import parse
 from precompiled import triton_keys
 
 OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models", "rwkv4,gpt-neox", "--tokens", "512")
 OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")
 
 
-class Rows(gen_time.Run):
+class Rows(gen_time.GenTime):
     """A run of gen_time.py that prints its series."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
@@ -42,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     chosen = OPTIONS_REHEARSED if args.rehearse else OPTIONS
-    rows = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
+    rows = Rows(gen_time.GenTime.parse([*chosen, "--out", str(args.out)]), args.seconds)
     return run_and_save(rows.run, rows.save)

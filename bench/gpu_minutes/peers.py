@@ -21,7 +21,6 @@ from peers.operator import Inputs
 from peers.operators import OPERATORS
 from peers.wkv_cuda_providers import RWKV_CUDA, compiled, longest
 from precompiled import triton_keys
-from throughput import run as ops_run
 from throughput.passes import checked_channels
 from throughput.plan import Case
 from torch import Tensor
@@ -34,7 +33,7 @@ TOKENS = 4096  # of the longest sequence that rwkv-cuda is compiled for: every t
 KEPT = ("op", "pass", "dtype", "B", "T", "C", "provider", "ms", "ms_min", "ms_host", "gbps", "fraction", "head_start")
 
 
-class Rows(ops_run.Run):
+class Rows(ops.Ops):
     """A run of ops.py that prints its rows."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
@@ -104,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
         options += ["--providers", "fastwkv,hf", "--dtypes", "float32", "--out", str(args.out)]
     elif (folder := fetched.sources()) is not None:
         options += ["--rwkv-cuda", str(folder)]
-    made = ops.parse(options)
+    made = ops.Ops.parse(options)
     made.providers = None  # no peer was named: one whose first calls take too long is not asked again
     RWKV_CUDA.lengths = (TOKENS,)
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     rows = Rows(made, args.seconds - (time.monotonic() - began))
-    status = run_and_save(lambda: ops.measure(rows), rows.save)
+    status = run_and_save(rows.run, rows.save)
     return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in rows.rows))
