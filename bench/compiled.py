@@ -18,18 +18,18 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 try:
-    from common import computed_result
-    from common.command_line import Parser, add_out, names, positive
+    from common.command_line import Parser, names, positive
+    from common.program import Program, bar_options
     from machine_code.costs import LOAD_CYCLES
     from machine_code.variants import DTYPES, TARGETS, TRITON, VARIANTS, compile_variant
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
-FILE = f"compiled-triton-{TRITON}"
 COLUMNS = (  # title, unit, width, attribute of Figures, digits
     ("kernel", "", "<22", "kernel", 0),
     ("dtype", "", "<10", "dtype", 0),
@@ -58,7 +58,8 @@ def line(cells: Iterable[str]) -> str:
 def cell(value: Any, digits: int) -> str:
     """Return what the table says of a figure; "-" is what a target or a kernel has not."""
     if isinstance(value, dict):  # accesses by their bytes a lane: the usual ones, and after a slash the widest
-        usual, widest = max(value, key=value.get, default=None), max(value, default=None)
+        counts = {int(width): count for width, count in value.items()}
+        usual, widest = max(counts, key=lambda width: counts[width], default=None), max(counts, default=None)
         return cell(usual, 0) if usual == widest else f"{usual}/{widest}"
     return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 
@@ -84,35 +85,60 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
 
 
-def main() -> None:
-    parser = Parser(prog="compiled.py", description=__doc__.split("\n\n")[0])
-    option = parser.add_argument
-    option("--targets", type=names("target", TARGETS), default=list(TARGETS), metavar="LIST", help=", ".join(TARGETS))
-    option("--dtypes", type=names("dtype", DTYPES), default=list(DTYPES), metavar="LIST", help=", ".join(DTYPES))
-    option("--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)")
-    option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
-    add_out(parser)
-    args = parser.parse_args()
-    wanted = jobs(args)
-    if not wanted:
-        parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
-    computed_result.check(args.out, FILE, parser)
-    chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
-    settings = {**chosen, "load_cycles": LOAD_CYCLES}
-    record = computed_result.record("compiled", settings)
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        rows = list(tqdm(pool.imap(compile_variant, wanted), total=len(wanted), unit=" kernels", disable=None))
+class Compiled(Program):
+    """The program."""
 
-    for head in (0, 1):
-        print(line(column[head] for column in COLUMNS))
-    for row in rows:
-        print(line(cell(getattr(row, attribute), digits) for *_, attribute, digits in COLUMNS))
-    record["rows"] = [asdict(row) for row in rows]
-    computed_result.write(args.out, record, FILE)
-    spilling = [row for row in rows if row.spilled_bytes]
-    if spilling:
-        sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")
+    name = "compiled"
+    computes = True
 
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        for kind, known in (("target", TARGETS), ("dtype", DTYPES)):
+            text = ", ".join(known)
+            option(f"--{kind}s", type=names(kind, known), default=list(known), metavar="LIST", help=text)
+        option(
+            "--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)"
+        )
+        option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
+
+    @classmethod
+    def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
+        args.wanted = jobs(args)
+        if not args.wanted:
+            parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
+
+    @classmethod
+    def path(cls, args: argparse.Namespace) -> Path:
+        return args.out / f"compiled-triton-{TRITON}.json"
+
+    def settings(self) -> dict[str, Any]:
+        args = self.args
+        chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
+        return {**chosen, "load_cycles": LOAD_CYCLES}
+
+    def run(self) -> None:
+        wanted = self.args.wanted
+        with multiprocessing.get_context("spawn").Pool(self.args.jobs) as pool:
+            found = pool.imap(compile_variant, wanted)
+            for figures in tqdm(found, total=len(wanted), unit=" kernels", disable=None, **bar_options()):
+                self.add(asdict(figures))
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        lines = [line(column[head] for column in COLUMNS) for head in (0, 1)]
+        for row in record["rows"]:
+            figures = {**row, "moved": row["loaded"] + row["stored"]}
+            lines.append(line(cell(figures[name], digits) for *_, name, digits in COLUMNS))
+        return "\n".join(lines)
+
+    @classmethod
+    def complaint(cls, row: dict[str, Any]) -> str | None:
+        spilled = row["spilled_bytes"]
+        return f"{row['kernel']}, {row['dtype']}, {row['target']} spills {spilled} bytes" if spilled else None
+
+
+main = Compiled.main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

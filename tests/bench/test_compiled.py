@@ -100,7 +100,7 @@ def test_results_are_of_targets_and_of_no_device(results):
         assert record["device"] == {"type": "none", "name": "computed, nothing measured"}
         assert (record["settings"]["targets"], record["settings"]["dtypes"]) == (target.split(","), dtypes)
         assert record["settings"]["kernels"] == kernels
-        _, _, *lines, _, _ = table.splitlines()  # a head of two; nothing, and what was written
+        _, _, *lines, _, _ = table.strip().splitlines()  # a head of two; nothing, and what was written
         assert len(lines) == len(record["rows"]) > 0
         for line, row in zip(lines, record["rows"], strict=True):
             assert line.removeprefix(row["kernel"]).split()[:2] == [row["dtype"], row["target"]]

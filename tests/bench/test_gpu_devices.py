@@ -72,10 +72,10 @@ def test_results_of_a_device_are_found_and_those_of_others_are_left(results):
     device, figures = found["h100"]
     assert figures == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
     assert (device.copy_bandwidth, device.latency) == (2.9e12, DEVICES["h100"].latency)
-    assert source_lines(found) == [
-        "h200: assumed multiprocessors 132, clock 1.755e+09, copy_bandwidth 4.3e+12, latency 8e-07, launch 3e-06",
-        "h100: measured multiprocessors 114, copy_bandwidth 2.9e+12; "
-        "assumed clock 1.755e+09, latency 8e-07, launch 3e-06",
+    assumed = {"clock": 1.755e9, "latency": 8e-7}
+    assert source_lines({"h200": {}, "h100": figures}, {"h200": assumed, "h100": assumed}) == [
+        "h200: assumed clock 1.755e+09, latency 8e-07",
+        "h100: measured multiprocessors 114, copy_bandwidth 2.9e+12; assumed clock 1.755e+09, latency 8e-07",
     ]
 
 

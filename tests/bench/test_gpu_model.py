@@ -106,7 +106,7 @@ def test_command_line_predicts_every_pass_and_says_that_it_predicts(tmp_path):
     command = [sys.executable, SCRIPT, "--ops", "linear_scan_fixed", "--dtypes", "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, source, _, *lines = done.stdout.partition("\n\nwrote")[0].splitlines()
+    first, source, _, *lines = done.stdout.partition("\n\nwrote")[0].strip().splitlines()
     assert "Predictions" in first
     assert source.startswith("h200: assumed multiprocessors 132, clock 1.755e+09")
     record = json.loads((tmp_path / "gpu_model.json").read_text())
