@@ -74,20 +74,16 @@ class _Module:
     def __getattr__(self, name: str) -> None: ...
 
 
-def find_python(release: str) -> str | None:
-    """Return an interpreter of such a release, "3.12" say, of whose Python there are headers; None without one."""
-    here = [sys.executable] if release == ".".join(map(str, sys.version_info[:2])) else []
+def headers(release: str) -> tuple[str, str] | None:
+    """Return where the headers are of a Python of such a release, "3.12" say, and how its modules' names end."""
     managed = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
     others = sorted(glob.glob(f"{managed}/versions/{release}.*/bin/python{release}"))
-    for python in (*here, shutil.which(f"python{release}"), *others):
-        if python and (found := _headers(python)) and found[0] == release and (Path(found[1]) / "Python.h").exists():
-            return python
+    for python in filter(None, (sys.executable, shutil.which(f"python{release}"), *others)):
+        done = subprocess.run([python, "-c", HEADERS], capture_output=True, text=True)
+        found, include, suffix = json.loads(done.stdout) if done.returncode == 0 else ("", "", "")
+        if found == release and Path(include, "Python.h").exists():
+            return include, suffix
     return None
-
-
-def _headers(python: str) -> list[str] | None:
-    done = subprocess.run([python, "-c", HEADERS], capture_output=True, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 def build(names: dict[str, str], release: str, folder: Path, jobs: int) -> tuple[str, dict[str, bytes]]:
@@ -95,10 +91,9 @@ def build(names: dict[str, str], release: str, folder: Path, jobs: int) -> tuple
 
     Raises ValueError where there are no headers of it, or no C compiler.
     """
-    python = find_python(release)
-    headers = _headers(python) if python else None
+    python = headers(release)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if headers is None or compiler is None:
+    if python is None or compiler is None:
         raise ValueError(f"no Python {release} with headers here" if compiler else "no C compiler here")
     (folder / "stub").mkdir(parents=True, exist_ok=True)
     stub = folder / "stub" / "libcuda.so.1"
@@ -110,11 +105,11 @@ def build(names: dict[str, str], release: str, folder: Path, jobs: int) -> tuple
         path.write_text(source)
         link = ("-Wl,--no-as-needed", f"-L{stub.parent}", "-l:libcuda.so.1")
         out = path.with_suffix(".so")
-        _compile([compiler, str(path), *FLAGS, "-o", str(out), *link, f"-I{cuda}", f"-I{headers[1]}"])
+        _compile([compiler, str(path), *FLAGS, "-o", str(out), *link, f"-I{cuda}", f"-I{python[0]}"])
         return out.read_bytes()
 
     with ThreadPoolExecutor(jobs) as pool:
-        return headers[2], dict(zip(names, pool.map(one, itertools.count(), names), strict=True))
+        return python[1], dict(zip(names, pool.map(one, itertools.count(), names), strict=True))
 
 
 def _compile(command: list[str]) -> None:
