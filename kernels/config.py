@@ -59,8 +59,8 @@ class Launch:
     stages: int = STAGES
     """Tiles of each input in shared memory."""
 
-    def options(self, C: int) -> dict[str, int]:
-        """What every kernel that walks along time is compiled for."""
+    def constants(self, C: int) -> dict[str, int]:
+        """Return what every kernel that walks along time is compiled for."""
         return {"C": C, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 

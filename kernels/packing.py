@@ -74,8 +74,8 @@ def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     """
     cu_seqlens = cu_seqlens.contiguous()
     edges = torch.empty(T, dtype=torch.int32, device=cu_seqlens.device)
-    numbers, kind = (cu_seqlens.shape[0] - 1, T), constants(REVERSE=reverse, BLOCK=BLOCK)
-    start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, kind)
+    numbers = (cu_seqlens.shape[0] - 1, T)
+    start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, _edge_constants(reverse))
     return edges
 
 
@@ -92,8 +92,8 @@ def is_end(edge):
 
 
 @triton.jit
-def has_row(edge, in_c):
-    """Return in which of these channels a token's sequence has a row: all, or none if it belongs to no sequence."""
+def in_sequence(edge, in_c):
+    """Return in which of these channels a token belongs to a sequence: in all of them or in none."""
     return tl.where(in_c, edge, NOWHERE) >= 0
 
 
@@ -140,11 +140,16 @@ def fill_idle_rows(
     if rows.is_complex():
         rows, source = (None if t is None else torch.view_as_real(t).flatten(1) for t in (rows, source))
     N, C = rows.shape[-2:]
-    kind = _constants(C, rows.numel() // (N * C), state, reverse)
-    grid = (N, -(-C // ROW_BLOCK))
-    start(_idle_rows_kernel, grid, (cu_seqlens.contiguous(), edges, source, rows), (N, edges.shape[0]), kind)
+    grid, numbers = (N, -(-C // ROW_BLOCK)), (N, edges.shape[0])
+    constants = _row_constants(C, rows.numel() // (N * C), state, reverse)
+    start(_idle_rows_kernel, grid, (cu_seqlens.contiguous(), edges, source, rows), numbers, constants)
 
 
 @lru_cache
-def _constants(C: int, fields: int, state: bool, reverse: bool) -> Constants:
+def _edge_constants(reverse: bool) -> Constants:
+    return constants(REVERSE=reverse, BLOCK=BLOCK)
+
+
+@lru_cache
+def _row_constants(C: int, fields: int, state: bool, reverse: bool) -> Constants:
     return constants(C=C, FIELDS=fields, STATE=state, REVERSE=reverse, BLOCK=ROW_BLOCK)
