@@ -100,9 +100,9 @@ def _wkv_bwd_kernel(
     zero = tl.zeros([BLOCK_C], ACC)
     adjoint = (zero, zero)
     if carry_ptr is not None:
-        adjoint = load_adjoint(carry_ptr + chunk_id * C + c, carry_field, in_c)
+        adjoint = load_adjoint(carry_ptr, carry_field, chunk_id * C, c, in_c)
     elif (gfinal_ptr is not None) and ((edge_ptr is None) and (not SUMMARY)):
-        adjoint = load_adjoint(gfinal_ptr + batch * C + c, field, in_c)
+        adjoint = load_adjoint(gfinal_ptr, field, batch * C, c, in_c)
     factors = (tl.full([BLOCK_C], 1.0, ACC), zero)
     sums = (zero, zero)
 

@@ -84,7 +84,7 @@ def _wkv_bwd_carry_kernel(
     gl = gm
     if gfinal_ptr is not None:
         # In a packed batch the last chunk ends a sequence and takes nothing from here, whatever is read.
-        gm, gl = load_adjoint(gfinal_ptr + batch * C + c, N.to(tl.int64) * C, in_c)
+        gm, gl = load_adjoint(gfinal_ptr, N.to(tl.int64) * C, batch * C, c, in_c)
     for last in range(chunks - 1, -1, -GROUP):
         summaries = ()
         for j in tl.static_range(GROUP):  # all are asked for before the first is waited for

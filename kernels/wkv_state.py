@@ -112,10 +112,10 @@ def load_state(ptr, field, mask):
 
 
 @triton.jit
-def load_adjoint(ptr, field, mask):
-    """Read gm and gl."""
-    gm = tl.load(ptr, mask=mask, other=0.0)
-    gl = tl.load(ptr + field, mask=mask, other=0.0)
+def load_adjoint(ptr, field, offset, c, mask):
+    """Read gm and gl of these channels, of a sequence or chunk that is ``offset`` away from the first one."""
+    gm = tl.load(ptr + offset + c, mask=mask, other=0.0)
+    gl = tl.load(ptr + field + offset + c, mask=mask, other=0.0)
     return gm, gl
 
 
@@ -186,7 +186,7 @@ def leave(edge, gfinal_ptr, C, c, in_c, field, adjoint, factors):
         zero = tl.zeros_like(adjoint[0])
         if gfinal_ptr is not None:
             n = (edge >> 2).to(tl.int64)
-            adjoint = load_adjoint(gfinal_ptr + n * C + c, field, in_sequence(edge, in_c))
+            adjoint = load_adjoint(gfinal_ptr, field, n * C, c, in_sequence(edge, in_c))
         else:
             adjoint = (zero, zero)
         factors = (zero, zero)
