@@ -29,12 +29,13 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 try:
-    import result_file
-    from about import about_device, about_run
-    from command_line import COMPLEX_DTYPES, DTYPES, add_out, names, parser_of, positive
-    from operator_base import Inputs, Operator, Shape, relative_error
-    from operators import OPERATORS
-    from providers import Provider, interpreted_kernels, not_installed, rounding_interpreter, untuned
+    from common import result_file
+    from common.about import about_device, about_run
+    from common.command_line import COMPLEX_DTYPES, DTYPES, add_out, names, parser_of, positive
+    from common.interpreted import interpreted_kernels, rounding_interpreter, untuned
+    from peers.operator import Inputs, Operator, Shape, relative_error
+    from peers.operators import OPERATORS
+    from peers.provider import Provider, not_installed
     from torch import Tensor
     from tqdm import tqdm
 except ImportError as error:

@@ -19,10 +19,10 @@ import sys
 from dataclasses import asdict
 
 try:
-    import unmeasured
-    from command_line import Parser, add_out, names, positive
-    from compiled_gpu import LOAD_CYCLES, Figures
-    from compiled_variants import DTYPES, TARGETS, TRITON, VARIANTS, compile_variant
+    from common import computed_result
+    from common.command_line import Parser, add_out, names, positive
+    from machine_code.costs import LOAD_CYCLES, Figures
+    from machine_code.variants import DTYPES, TARGETS, TRITON, VARIANTS, compile_variant
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
@@ -118,10 +118,10 @@ def main() -> None:
     wanted = jobs(args)
     if not wanted:
         parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
-    unmeasured.check(args.out, FILE, parser)
+    computed_result.check(args.out, FILE, parser)
     chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
     settings = {**chosen, "load_cycles": LOAD_CYCLES}
-    record = unmeasured.record("compiled", settings)
+    record = computed_result.record("compiled", settings)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         rows = list(tqdm(pool.imap(compile_variant, wanted), total=len(wanted), unit=" kernels", disable=None))
 
@@ -130,7 +130,7 @@ def main() -> None:
     for row in rows:
         print(COLUMNS.format(**cells(row)))
     record["rows"] = [asdict(row) for row in rows]
-    unmeasured.write(args.out, record, FILE)
+    computed_result.write(args.out, record, FILE)
     spilling = [row for row in rows if row.spilled_bytes]
     if spilling:
         sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")

@@ -20,14 +20,12 @@ import sys
 from typing import Any
 
 try:
-    import gen_time_models as models
-    import ops_cuda
-    import ops_timing
-    import program
-    import result_file
-    from about import about_device, about_run
-    from command_line import DTYPES, add_device, add_out, device, names, parser_of, positive
-    from decode_run import EMPTY, decode_rows, parameters_read, prefill_row
+    from common import program, result_file
+    from common.about import about_device, about_run
+    from common.command_line import DTYPES, add_device, add_out, device, names, parser_of, positive
+    from generation import models
+    from generation.decode import EMPTY, decode_rows, parameters_read, prefill_row
+    from timing import by_turns, on_gpu
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"decode.py: {error}; pip install -e '.[bench]' installs what it needs")
@@ -51,7 +49,7 @@ class Run:
             **about_run("decode", args.device, settings),
             "limit": "weight_bytes / copy_gbps, which counts bytes read and bytes written",
             "copy_gbps": (
-                ops_cuda.copy_bandwidth(ops_cuda.Cuda(args.device)) if gpu else ops_timing.copy_bandwidth(args.device)
+                on_gpu.copy_bandwidth(on_gpu.Cuda(args.device)) if gpu else by_turns.copy_bandwidth(args.device)
             ),
         }
 

@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from typing import Any
 
 try:
-    import gen_time_figure as figure
-    import gen_time_models as models
-    import program
     import torch
-    from about import about_run
-    from gen_time_options import parse
-    from gen_time_series import FIT, PASSES, Series, measure, table
-    from result_file import replace
+    from common import program
+    from common.about import about_run
+    from common.result_file import replace
+    from generation import figure, models
+    from generation.options import parse
+    from generation.series import FIT, PASSES, Series, measure, table
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"gen_time.py: {error}; pip install -e '.[bench]' installs what it needs")

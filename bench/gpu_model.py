@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import unmeasured
-    from command_line import Parser, add_out, names
-    from compiled_gpu import LOAD_CYCLES, Figures
-    from gpu_devices import DEVICES, Device, devices_of, source_lines
-    from operator_base import GPU_SHAPES, Shape, shape_name
+    from common import computed_result
+    from common.command_line import Parser, add_out, names
+    from machine_code.costs import LOAD_CYCLES, Figures
+    from machine_code.devices import DEVICES, Device, devices_of, source_lines
+    from peers.operator import GPU_SHAPES, Shape, shape_name
 except ImportError as error:
     sys.exit(f"gpu_model.py: {error}; pip install -e '.[bench]' installs what it needs")
 
@@ -202,7 +202,7 @@ def predict(
 def compiled(operator: str, dtype: str, program: Launch | None = None) -> dict[str, Figures]:
     """Compile the kernels of all passes of an operator, with another program or the usual; their figures by name."""
     # Here, since kernels that are interpreted elsewhere in the process cannot be compiled.
-    from compiled_variants import MODELLED, figures
+    from machine_code.variants import MODELLED, figures
 
     wanted = {name for one in OPERATORS[operator].passes.values() for name in (one.finish, one.summary)}
     return {one.name: figures(one, dtype, TARGET, program) for one in MODELLED if one.name in wanted}
@@ -259,14 +259,14 @@ def main() -> None:
     option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
     add_out(parser)
     args = parser.parse_args()
-    unmeasured.check(args.out, "gpu_model", parser)
+    computed_result.check(args.out, "gpu_model", parser)
 
     devices = devices_of(args, parser)
     every = {name: (asdict(device), known) for name, (device, known) in devices.items()}
     assumed = {name: {key: one[key] for key in one if key not in known} for name, (one, known) in every.items()}
     settings = {"target": TARGET, "assumed": assumed, "measured": {name: known for name, (_, known) in every.items()}}
     settings |= {"carry_clocks": CARRY_CLOCKS, "program": asdict(args.program) if args.program else None}
-    record = unmeasured.record("gpu_model", settings)
+    record = computed_result.record("gpu_model", settings)
     cases = [(op, dtype) for op in args.ops for dtype in args.dtypes if dtype in OPERATORS[op].dtypes]
     try:
         kernels = {case: compiled(*case, args.program) for case in cases}
@@ -281,7 +281,7 @@ def main() -> None:
         rows = model_rows(gpu, devices[gpu][0], *case, kernels[case], args.program)
         print("\n".join(map(_line, rows)))
         record["rows"] += rows
-    unmeasured.write(args.out, record)
+    computed_result.write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 try:
-    from command_line import Parser
+    from common.command_line import Parser
     from ready import kernel_cache, peers
 except ImportError as error:
     sys.exit(f"gpu_ready.py: {error}; pip install -e '.[bench]' installs what it needs")

@@ -21,12 +21,11 @@ from typing import Any
 from unittest import mock
 
 try:
-    import program
-    import result_file
     import torch
-    from about import about_device, about_run
-    from command_line import add_device, add_out, device, names, parser_of, positive
-    from ops_timing import OtherWork, Task
+    from common import program, result_file
+    from common.about import about_device, about_run
+    from common.command_line import add_device, add_out, device, names, parser_of, positive
+    from timing.by_turns import OtherWork, Task
     from torch import Tensor
     from tqdm import tqdm
     from transformers import RwkvConfig, RwkvForCausalLM

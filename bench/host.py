@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from typing import Any
 
 try:
-    import result_file
     import torch
     import triton
-    from about import about_run
-    from command_line import Parser, add_device, add_out, device, parser_of, positive
-    from program import no_garbage_collection
-    from stand_in import stand_in
+    from common import result_file
+    from common.about import about_run
+    from common.command_line import Parser, add_device, add_out, device, parser_of, positive
+    from common.program import no_garbage_collection
+    from machine_code.stand_in import stand_in
 except ImportError as error:
     sys.exit(f"host.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 

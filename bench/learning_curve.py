@@ -39,11 +39,10 @@ from typing import Any
 try:
     import learning_curve_figure as figure
     import learning_curve_yardsticks as yardsticks
-    import program
-    import result_file
     import torch
-    from about import about_device, about_run
-    from command_line import Parser, add_device, add_out, device, names, parser_of, positive
+    from common import program, result_file
+    from common.about import about_device, about_run
+    from common.command_line import Parser, add_device, add_out, device, names, parser_of, positive
     from learning_curve_checkpoint import WrongCheckpoint
     from learning_curve_data import Batches, from_file, standard_library
     from learning_curve_models import HEAD, NAMES, RECIPES

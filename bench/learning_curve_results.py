@@ -5,8 +5,8 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-import result_file
 import torch
+from common import result_file
 from learning_curve_evaluation import carried_bits, windowed_bits
 from learning_curve_models import NAMES
 from learning_curve_training import Training

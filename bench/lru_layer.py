@@ -20,14 +20,12 @@ import sys
 from typing import Any
 
 try:
-    import ops_cuda
-    import ops_timing
-    import program
-    import result_file
-    from about import about_device, about_run
-    from command_line import DTYPES, add_device, add_out, device, names, parser_of
-    from lru_layer_forms import ABOUT, FORMS
-    from lru_layer_run import PASSES, REFERENCE, RING, Case, Measurement, Shape, draw
+    from common import program, result_file
+    from common.about import about_device, about_run
+    from common.command_line import DTYPES, add_device, add_out, device, names, parser_of
+    from layer.forms import ABOUT, FORMS
+    from layer.run import PASSES, REFERENCE, RING, Case, Measurement, Shape, draw
+    from timing import by_turns, on_gpu
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"lru_layer.py: {error}; pip install -e '.[bench]' installs what it needs")
@@ -51,8 +49,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         """Read the settings; nothing is measured yet."""
         self.args = args
-        self.cuda = ops_cuda.Cuda(args.device) if args.device.type == "cuda" else None
-        self.effort = ops_timing.effort(args.device, quick=args.quick)
+        self.cuda = on_gpu.Cuda(args.device) if args.device.type == "cuda" else None
+        self.effort = by_turns.effort(args.device, quick=args.quick)
         self.rows: list[dict[str, Any]] = []
         settings = {
             "seed": args.seed,

@@ -27,11 +27,10 @@ from typing import Any
 
 try:
     import lru_steps_figure as figure
-    import program
-    import result_file
     import torch
-    from about import about_device, about_run
-    from command_line import add_device, add_out, device, names, parser_of, positive
+    from common import program, result_file
+    from common.about import about_device, about_run
+    from common.command_line import add_device, add_out, device, names, parser_of, positive
     from lru_steps_models import NAMES
     from lru_steps_tasks import TASKS, Task
     from lru_steps_training import EVERY, Training

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import figures
 import matplotlib.pyplot as plt
-from figures import FAINT, LABEL_GAP, STYLE, Json
+from common import figures
+from common.figures import FAINT, LABEL_GAP, STYLE, Json
 from lru_steps_models import NAMES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

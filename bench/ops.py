@@ -33,17 +33,16 @@ import sys
 from pathlib import Path
 
 try:
-    import program
-    import result_file
-    from about import about_device
-    from command_line import Parser, add_device, add_out, device, names, parser_of, positive
-    from operators import OPERATORS
-    from ops_figure import draw_all
-    from ops_passes import PASSES
-    from ops_plan import ALL_DTYPES, CPU_PASSES, PROVIDERS, cases, default_shapes, layouts
-    from ops_run import DeviceLostError, Run
-    from ops_table import OURS, tables
-    from wkv_cuda_providers import RWKV_CUDA, SOURCES
+    from common import program, result_file
+    from common.about import about_device
+    from common.command_line import Parser, add_device, add_out, device, names, parser_of, positive
+    from peers.operators import OPERATORS
+    from peers.wkv_cuda_providers import RWKV_CUDA, SOURCES
+    from throughput.figure import draw_all
+    from throughput.passes import PASSES
+    from throughput.plan import ALL_DTYPES, CPU_PASSES, PROVIDERS, cases, default_shapes, layouts
+    from throughput.run import DeviceLostError, Run
+    from throughput.table import OURS, tables
 except ImportError as error:
     sys.exit(f"ops.py: {error}; pip install -e '.[bench]' installs what it needs")
 

@@ -24,10 +24,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # and not what the compiler makes on the way
 
 try:
-    from command_line import Parser, positive
-    from program import bar_options, sigterm_as_interrupt
+    from common.command_line import Parser, positive
+    from common.program import bar_options, sigterm_as_interrupt
+    from machine_code.stand_in import Kernel, StandIn, stand_in
     from ready import kernel_cache, launchers, triton_keys
-    from stand_in import Kernel, StandIn, stand_in
     from tqdm import tqdm
     from triton.compiler import CompiledKernel
 except ImportError as error:

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 try:
-    from command_line import Parser
+    from common.command_line import Parser
     from torch import Tensor
 
     from fastwkv.kernels.config import SCAN_ROWS, checkpoint_rows

@@ -16,11 +16,11 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 try:
-    import unmeasured
-    from command_line import COMPLEX_DTYPES, DTYPES, Parser, add_out, names, positive
-    from operator_base import Shape
-    from operators import OPERATORS
-    from traffic_counter import Access, TrafficCounter, merged
+    from common import computed_result
+    from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, add_out, names, positive
+    from machine_code.bytes_counter import Access, TrafficCounter, merged
+    from peers.operator import Shape
+    from peers.operators import OPERATORS
 except ImportError as error:
     sys.exit(f"traffic.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
@@ -123,16 +123,16 @@ def main() -> None:
     option("--chunk", type=positive, default=128, metavar="N", help="tokens a chunk, where time is split (%(default)s)")
     add_out(parser)
     args = parser.parse_args()
-    unmeasured.check(args.out, "traffic", parser)
+    computed_result.check(args.out, "traffic", parser)
 
-    record = unmeasured.record("traffic", {"channels": CHANNELS, "tokens": args.tokens, "chunk": args.chunk})
+    record = computed_result.record("traffic", {"channels": CHANNELS, "tokens": args.tokens, "chunk": args.chunk})
     print(COLUMNS.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored"))
     for operator, dtype, chunk in itertools.product(args.ops, args.dtypes, (None, args.chunk)):
         if dtype in OPERATORS[operator].dtypes:
             for row in case_rows(operator, dtype, (1, args.tokens, CHANNELS), chunk):
                 print(_line(row))
                 record["rows"].append(row)
-    unmeasured.write(args.out, record)
+    computed_result.write(args.out, record)
 
 
 if __name__ == "__main__":

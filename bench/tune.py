@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import result_file
-    from about import about_run
-    from command_line import Parser, add_out, device, names, parser_of, positive
-    from program import run_and_save
+    from common import result_file
+    from common.about import about_run
+    from common.command_line import Parser, add_out, device, names, parser_of, positive
+    from common.program import run_and_save
 except ImportError as error:
     sys.exit(f"tune.py: {error}; pip install -e '.[bench]' installs what it needs")
 

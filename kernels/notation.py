@@ -78,8 +78,9 @@ EXP_LEAST_FLOAT64, EXP_MOST_FLOAT64 = -708.0, 700.0
 NO_PAST = -3.4028234663852886e38  # -FLT_MAX, the exponent of an empty state in registers; no finite key is below it
 MAX_RATE = 1e29  # a larger |w| is taken for this: its decay is total, or unbounded, all the same, and age * w is finite
 
-# A state whose den is below 2^-64 (float64: 2^-512) gets 2^64 times as much of num and den, and an exponent to match.
+# A state whose den is small gets 2^64 (float64: 2^512) times as much of num and den, and an exponent to match.
 RAISED_BITS_FLOAT32, RAISED_BITS_FLOAT64 = 64, 512
+SMALL_FLOAT32, SMALL_FLOAT64 = 2.0**-RAISED_BITS_FLOAT32, 2.0**-RAISED_BITS_FLOAT64
 NEAR = 30.0  # an empty state whose exponent is this much above that of a token costs the token nothing
 
 # Of one step of WKV, whose state is kept at a scale near e^0.

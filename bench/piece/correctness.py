@@ -10,10 +10,10 @@ from functools import partial
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+from common.interpreted import interpreted_kernels, rounding_interpreter
 from piece import checking, generation_cases, scan_cases, step_cases, wkv_cases
 from piece.checking import Case
 from piece.plan import GROUPS
-from providers import interpreted_kernels, rounding_interpreter
 
 
 def cases(group: str, rehearse: bool = False) -> Iterator[Case]:

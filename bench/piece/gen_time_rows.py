@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import gen_time
-import program
-from command_line import Parser
-from gen_time_options import parse
+from common import program
+from common.command_line import Parser
+from generation.options import parse
 from piece.journal import emit
 from ready import triton_keys
 

@@ -15,13 +15,13 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
-from decode_run import parameters_read
+from common.interpreted import interpreted_kernels
+from common.program import no_garbage_collection
+from generation.decode import parameters_read
 from piece.checking import reason, the_device
 from piece.clocks import Clocks
 from piece.generation_cases import REHEARSED, model
 from piece.journal import emit
-from program import no_garbage_collection
-from providers import interpreted_kernels
 from torch.profiler import ProfilerActivity, profile
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate

@@ -19,15 +19,15 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import numpy as np
-import ops_cuda
 import torch
-from operator_base import documents
-from ops_cuda import CudaTask
-from ops_timing import Effort
+from peers.operator import documents
 from piece.checking import reason, the_device
 from piece.clocks import Clocks
 from piece.host_clock import Immediate
 from piece.journal import emit
+from timing import on_gpu
+from timing.by_turns import Effort
+from timing.on_gpu import CudaTask
 from torch import Tensor
 
 from fastwkv.kernels.linear_scan import linear_scan_fwd
@@ -181,9 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="interpreted, on a CPU, tiny shapes")
     args = parser.parse_args(arguments)
     began, device = time.monotonic(), the_device(args.rehearse)
-    cuda = Immediate() if args.rehearse else ops_cuda.Cuda(device)
+    cuda = Immediate() if args.rehearse else on_gpu.Cuda(device)
     with Clocks() as clocks, torch.no_grad():
-        gbps = 1.0 if args.rehearse else ops_cuda.copy_bandwidth(cuda)
+        gbps = 1.0 if args.rehearse else on_gpu.copy_bandwidth(cuda)
         emit(what="copy", gbps=gbps, **clocks.since(began))
         good = True
         for n, case in enumerate(cases(args.rehearse)):

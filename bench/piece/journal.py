@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plain_json import plain
+from common.plain_json import plain
 
 LARGEST = 12 * 2**20  # bytes of a file
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 try:
-    import result_file
-    from about import slug
-    from command_line import Parser
-    from program import sigterm_as_interrupt
+    from common import result_file
+    from common.about import slug
+    from common.command_line import Parser
+    from common.program import sigterm_as_interrupt
 except ImportError as error:
     sys.exit(f"gpu.py: {error}; pip install -e '.[bench]' installs what it needs")
 
@@ -35,7 +35,7 @@ DONE = ("passed", "not available")
 
 PROBE = """
 import json, torch
-from about import about_device, about_software
+from common.about import about_device, about_software
 if torch.cuda.is_available():
     print(json.dumps({"device": about_device(torch.device("cuda")), **about_software()}))
 """

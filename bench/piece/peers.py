@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import ops
-import ops_run
 import torch
-from command_line import Parser
-from operator_base import Inputs
-from operators import OPERATORS
-from ops_passes import checked_channels
-from ops_plan import Case
+from common.command_line import Parser
+from peers.operator import Inputs
+from peers.operators import OPERATORS
+from peers.wkv_cuda_providers import RWKV_CUDA, compiled, longest
 from piece import reference
 from piece.checking import reason
 from piece.journal import emit
 from piece.runner import READY
 from ready import triton_keys
+from throughput import run
+from throughput.passes import checked_channels
+from throughput.plan import Case
 from torch import Tensor
-from wkv_cuda_providers import RWKV_CUDA, compiled, longest
 
 SHAPES = "8x4096x2048,32x1024x1024,8x1024x768,1x65536x1024"
 PROVIDERS = "fastwkv,rwkv-cuda,fla,fla-recurrent,fla-chunk,accelerated-scan,accelerated-scan-warp"
@@ -36,7 +36,7 @@ TOKENS = 4096  # of the longest sequence that rwkv-cuda is compiled for: every t
 KEPT = ("op", "pass", "dtype", "B", "T", "C", "provider", "ms", "ms_min", "ms_host", "gbps", "fraction", "head_start")
 
 
-class Rows(ops_run.Run):
+class Rows(run.Run):
     """A run of ops.py that prints its rows."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:

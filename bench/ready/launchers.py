@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stand_in import Launcher
+from machine_code.stand_in import Launcher
 
 HEADERS = """
 import json, sys, sysconfig

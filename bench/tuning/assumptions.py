@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ops_cuda import copy_seconds
+from timing.on_gpu import copy_seconds
 from torch import Tensor
 from tuning.candidates import Case, call, cases, draw, empty
 from tuning.probes import chase_kernel, empty_kernel

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from ops_cuda import Cuda
+from timing.on_gpu import Cuda
 from torch import Tensor
 
 SMI = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader,nounits")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from result_file import markdown
+from common.result_file import markdown
 from tuning.candidates import CONFIG, PLANS, Case, all_variants, plan_in_use
 from tuning.choice import Cell, Comparison, config_diff, plan_text, propose
 from tuning.turns import Trial

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ops_cuda import CudaTask
+from timing.on_gpu import CudaTask
 from torch import Tensor
 from tuning.candidates import ALL, DTYPES, PROGRAMS
 from tuning.patterns import backward_pattern, forward_pattern

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from ops_cuda import CudaTask
-from ops_timing import Effort
-from program import no_garbage_collection
+from common.program import no_garbage_collection
+from timing.by_turns import Effort
+from timing.on_gpu import CudaTask
 from torch import Tensor
 from tuning.candidates import Case, call, draw
 from tuning.choice import Times, ratio, undecided

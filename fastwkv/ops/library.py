@@ -8,6 +8,9 @@ import torch
 
 _library = torch.library.Library("fastwkv", "DEF")
 
+OPERATORS: dict[str, str] = {}
+"""Registered operators, and the module below ``kernels`` that has the launcher of that name."""
+
 
 def register(schema: str, module: str, fake: Callable[..., Any], cpu: bool = True) -> None:
     """Register an operator whose launcher has the same name in ``kernels.<module>`` and ``kernels.cpu.<module>``.
@@ -18,6 +21,7 @@ def register(schema: str, module: str, fake: Callable[..., Any], cpu: bool = Tru
     numba, and a machine without Triton still has the CPU path.
     """
     name = schema.partition("(")[0]
+    OPERATORS[name] = module
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     if cpu:
         _library.impl(name, _launcher(f"fastwkv.kernels.cpu.{module}", name), "CPU")

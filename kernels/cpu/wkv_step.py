@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat, store
-from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
+from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
 from fastwkv.kernels.cpu.wkv_state import absorb, fold_age, load_fields, load_rate, locate, ratio, store_state
 from fastwkv.kernels.cpu.work import addresses, fits, fitted, run
 from fastwkv.kernels.notation import (
@@ -17,6 +17,8 @@ from fastwkv.kernels.notation import (
     RAISED_BITS_FLOAT32,
     RAISED_BITS_FLOAT64,
     REACH,
+    SMALL_FLOAT32,
+    SMALL_FLOAT64,
     SMALLEST,
 )
 
@@ -51,7 +53,7 @@ def _raised(num, den, p, sums):
     kernels/wkv_entry.py says why.
     """
     bits = RAISED_BITS_FLOAT32 if sums.itemsize == 4 else RAISED_BITS_FLOAT64
-    small = select(den > 0.0, den, 1.0) < 0.5**bits
+    small = select(den > 0.0, den, 1.0) < (SMALL_FLOAT32 if sums.itemsize == 4 else SMALL_FLOAT64)
     lower, rest = _difference(p, bits * LN2)
     num, den = select(small, fma(rest, num, num) * 2.0**bits, num), select(small, fma(rest, den, den) * 2.0**bits, den)
     p = select(absolute(num) + absolute(den) == 0.0, NO_PAST, p)
@@ -86,7 +88,9 @@ def _wkv_step_kernel(
             index = n * C + c
             w, u = load_rate(w_ptr, c, sums), load(u_ptr, c, sums)
             k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-            num, den, p = _raised(*load_fields(num_ptr, den_ptr, max_ptr, index, sums), sums)
+            num, den, p = load_fields(num_ptr, den_ptr, max_ptr, index, sums)
+            if any_true(den < (SMALL_FLOAT32 if sums.itemsize == 4 else SMALL_FLOAT64)):  # hardly ever
+                num, den, p = _raised(num, den, p, sums)
             gap, gap_low = _difference(p, k)
             d, low = _difference(gap, u)
             near, e = _weigh(d, gap_low + low, v)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_OPTION, bad_results, load, run_script
+from bench_scripts import BAD_OPTION, bad_results, run_script
 
 RESULTS = ("y", "gk", "gv", "gu", "gw", "gstate")
 # Allowed in float32: of y, of gw, and of the other gradients.
@@ -16,7 +16,10 @@ BOUNDS = {"ordinary": (5e-7, 2e-6, 2e-6), "adversarial": (2e-6, 2e-5, 5e-6)}
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-accuracy, providers, wkv_providers, wkv_inputs = map(load, ("accuracy", "providers", "wkv_providers", "wkv_inputs"))
+import accuracy
+from interpreted import rounding_interpreter
+from peers import provider as providers
+from peers import wkv_inputs, wkv_providers
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -111,7 +114,7 @@ def test_interpreter_rounds_to_bfloat16() -> None:
     x = torch.randn(4096) * torch.exp(20 * torch.randn(4096))
     x[:6] = torch.tensor((0.0, -0.0, torch.inf, -torch.inf, 1.99999, 1 + 2**-8))
     y = torch.empty(4096, dtype=torch.bfloat16)
-    with providers.rounding_interpreter():
+    with rounding_interpreter():
         copy[(1,)](x, y, N=4096)
     assert torch.equal(y, x.bfloat16())
 

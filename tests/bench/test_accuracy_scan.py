@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import implementations
 import pytest
 import torch
-from bench_scripts import load
 
 pytest.importorskip("tqdm")
 
-accuracy, providers, scan_inputs = map(load, ("accuracy", "providers", "scan_inputs"))
+import accuracy
+from peers import linear_scan_inputs as scan_inputs
+
 RESULTS = ("h", "ga", "gx", "gh0")
 
 
@@ -70,7 +70,3 @@ def test_double_precision_has_bounds_of_its_own() -> None:
         for dtype in {"float64", "complex128"} & set(operator.dtypes):
             bounds = operator.allowed("adversarial", dtype, 8192)
             assert bounds == dict.fromkeys(operator.results, 1e-12)
-
-
-def test_every_operator_is_interpreted() -> None:
-    assert providers.OPERATORS == implementations.OPERATORS

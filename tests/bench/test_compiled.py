@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 from bench_scripts import ROOT, environment, run_script
-from compiled_gpu import LANES
 from filelock import FileLock
+from machine_code.costs import LANES
 
 SCRIPT = ROOT / "bench" / "compiled.py"
 COMPUTED = ROOT / "bench" / "results" / "computed"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from bench_scripts import environment
-from compiled_gpu import Instruction, clocks, resident_warps, warp_cycles
+from machine_code.costs import Instruction, clocks, resident_warps, warp_cycles
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ CHAIN = """
 import sys
 import triton
 import triton.language as tl
-from compiled_gpu import warp_cycles
-from compiled_read import read
+from machine_code.costs import warp_cycles
+from machine_code.read import read
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
-from compiled_read import cuda_loop, hip_loop
+from machine_code.read import cuda_loop, hip_loop
 
 
 def sass(*instructions):

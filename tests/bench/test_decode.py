@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, run_script
 from recorded_graph import RecordedGraph
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-decode, decode_run, models = map(load, ("decode", "decode_run", "gen_time_models"))
+import decode
+from generation import decode as decode_run
+from generation import models
+
 QUICK = ["--quick", "--rounds", "1", "--device", "cpu"]
 SIZE = models.RWKV4Config(layers=2, width=16, vocab_size=40)
 ARGUMENTS = argparse.Namespace(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, environment, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, environment, run_script
 
 SCRIPT = ROOT / "bench" / "gen_time.py"
 
@@ -23,7 +23,8 @@ for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package)
 
 
-gen_time, series, models, options = map(load, ("gen_time", "gen_time_series", "gen_time_models", "gen_time_options"))
+import gen_time
+from generation import models, options, series
 
 
 @pytest.fixture(autouse=True)

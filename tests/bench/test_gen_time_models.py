@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 
 pytest.importorskip("transformers")
-models = load("gen_time_models")
+from generation import models
 
 
 @pytest.mark.parametrize("name", ["rwkv4", "gpt-neox", "opt", "bloom", "gpt-neo"])

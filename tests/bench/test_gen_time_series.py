@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 for package in ("matplotlib", "transformers"):
     pytest.importorskip(package)
-series, figure, figures = map(load, ("gen_time_series", "gen_time_figure", "figures"))
+from common import figures
+from generation import figure, series
 
 
 @given(st.floats(0.5, 3.0), st.floats(1e-6, 1e2), st.integers(16, 2000), st.floats(0, 1e3))

@@ -1,6 +1,7 @@
 """The program that runs all that needs a GPU: which parts, how they end, what is remembered. The parts are small."""
 
 import contextlib
+import importlib
 import json
 import signal
 import sys
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import ROOT, assert_refused, load
+from bench_scripts import ROOT, assert_refused
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-program, gpu, about, command_line = map(load, ("gpu", "piece.parts", "about", "command_line"))
+import gpu as program
+from common import about, command_line
+from piece import parts as gpu
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ABOUT = {"device": {"type": "cuda", "name": "NVIDIA H200"}, "versions": {}, "commit": "1234567"}
 
@@ -172,7 +176,7 @@ def test_benchmarks_take_the_arguments_of_their_parts(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     _, script, *options = one.command
     assert options[-1] == str(Path("new") / one.name)
-    assert_refused(load(Path(script).stem), options, "there is no device 'cuda' here", capsys)
+    assert_refused(importlib.import_module(Path(script).stem), options, "there is no device 'cuda' here", capsys)
 
 
 def test_device_is_chosen_by_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from piece import checking, plan, scan_cases, step_cases, wkv_cases
 
-checking, wkv_cases, scan_cases, step_cases, plan = map(
-    load, ("piece.checking", "piece.wkv_cases", "piece.scan_cases", "piece.step_cases", "piece.plan")
-)
 CPU = torch.device("cpu")
 
 
@@ -94,7 +91,8 @@ def test_wkv_is_checked_in_all_forms(dtype: str) -> None:
 
 
 def test_every_group_has_cases_and_each_dtype_a_group() -> None:
-    correctness = load("piece.correctness")
+    from piece import correctness
+
     for group in plan.GROUPS:
         assert list(correctness.cases(group, True)), group
         assert list(correctness.cases(group)), group

@@ -3,11 +3,11 @@
 import argparse
 import json
 
-import gpu_devices
 import gpu_model
+import machine_code.devices
 import pytest
-from compiled_gpu import Figures
-from gpu_devices import DEVICES, devices_of, source_lines
+from machine_code.costs import Figures
+from machine_code.devices import DEVICES, devices_of, source_lines
 
 from fastwkv.kernels.config import Launch
 
@@ -41,7 +41,7 @@ def devices(path=None, names=("h200",)):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_devices, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine_code.devices, "RESULTS", tmp_path)
 
     def write(folder, content):
         (tmp_path / folder).mkdir()
@@ -53,9 +53,9 @@ def results(tmp_path, monkeypatch):
 
 
 def test_figures_under_load_are_taken():
-    assert gpu_devices.measured(record()) == ALL
-    assert gpu_devices.measured(record(ROWS[:2])) == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
-    assert gpu_devices.measured(record([])) == {}
+    assert devices.measured(record()) == ALL
+    assert devices.measured(record(ROWS[:2])) == {"multiprocessors": 114, "copy_bandwidth": 2.9e12}
+    assert devices.measured(record([])) == {}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_figures_under_load_are_taken():
 )
 def test_what_was_not_measured_on_a_gpu_is_refused(other):
     with pytest.raises(ValueError, match=r"not a record of tune\.py on a GPU"):
-        gpu_devices.measured(other)
+        devices.measured(other)
 
 
 def test_without_a_file_all_is_assumed(results):
@@ -91,7 +91,7 @@ def test_file_that_is_named_adds_its_device(results):
     path = results("somewhere", record(name="NVIDIA GH200 480GB"))
     found = devices(path)
     assert list(found) == ["h200", "nvidia-gh200-480gb"]
-    assert gpu_devices.asdict(found["nvidia-gh200-480gb"][0]) == ALL
+    assert devices.asdict(found["nvidia-gh200-480gb"][0]) == ALL
 
 
 def test_file_that_is_named_and_is_none_ends_the_program(results, capsys):

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu
 import pytest
 import torch
-from bench_scripts import ROOT, assert_refused, load
+from bench_scripts import ROOT, assert_refused
+from common import about
+from piece import commands, machine, memcheck, plan, processes, profile
+from ready import kernel_cache
 
-gpu, commands, plan, profile, memcheck, machine, kernel_cache = map(
-    load,
-    ("gpu", "piece.commands", "piece.plan", "piece.profile", "piece.memcheck", "piece.machine", "ready.kernel_cache"),
-)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 
 
@@ -47,7 +47,7 @@ def test_rehearsal_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp
 def test_steps_are_rehearsed_by_their_own_programs(program: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)] if program in ("peers", "gen_time_rows") else []
     command = [sys.executable, "-m", f"piece.{program}", "--rehearse", *out]
-    environment = load("piece.processes").environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    environment = processes.environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -74,7 +74,7 @@ def test_commit_is_told_where_there_is_no_history(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv(commands.COMMIT, raising=False)
     assert commands.commit("given") == "given"
     monkeypatch.setenv(commands.COMMIT, "of the environment")
-    assert commands.commit() == load("about")._commit() == "of the environment"
+    assert commands.commit() == about._commit() == "of the environment"
     monkeypatch.delenv(commands.COMMIT)
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -163,10 +163,11 @@ def test_missing_tools_and_cache_are_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_first_call_that_compiles_is_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    headline, clocks = load("piece.headline"), load("piece.clocks")
+    from piece import clocks, headline, host_clock
+
     calls: list[float] = []
 
-    class Slow(load("piece.host_clock").Immediate):
+    class Slow(host_clock.Immediate):
         def now(self) -> float:  # the first call takes ten seconds more, of whose clock this is the fourth reading
             calls.append(time.perf_counter())
             return calls[-1] + 10.0 * (len(calls) > 3)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compiled_gpu import LOAD_CYCLES, Figures
-from gpu_devices import LAUNCH_SECONDS, Device
 from gpu_model import OPERATORS, Pass, kernel_terms, predict
-from operator_base import GPU_SHAPES
+from machine_code.costs import LOAD_CYCLES, Figures
+from machine_code.devices import LAUNCH_SECONDS, Device
+from peers.operator import GPU_SHAPES
 
 from fastwkv.kernels.config import Launch
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from piece import reference
 
 from fastwkv import WKVState
 from fastwkv.reference import linear_scan, wkv_loop
 
-reference = load("piece.reference")
 OFFSETS = [0, 1, 6, 7, 19]
 
 

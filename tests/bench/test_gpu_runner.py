@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_scripts import ROOT, load
+from bench_scripts import ROOT
+from piece import commands, journal, plan, runner
 
-plan, runner, journal, commands, processes = map(
-    load, ("piece.plan", "piece.runner", "piece.journal", "piece.commands", "piece.processes")
-)
 IGNORES = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(\'{"what": "up"}\', flush=True); '
 
 

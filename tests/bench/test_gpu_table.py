@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from bench_scripts import load
-
-table = load("piece.table")
+from piece import table
 
 
 def case(group: str, n: int, **more: Any) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, run_script
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-hf_speed = load("hf_speed")
+import hf_speed
+
 QUICK = ["--quick", "--rounds", "1", "--device", "cpu"]
 
 

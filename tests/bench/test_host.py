@@ -2,10 +2,9 @@
 
 import json
 
+import host
 import pytest
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, load, run_script
-
-host = load("host")
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, run_script
 
 REFUSED = {
     **BAD_OPTION,

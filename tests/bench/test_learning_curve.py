@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, assert_refused, bad_results, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, assert_refused, bad_results, run_script
 
 for package in ("matplotlib", "safetensors", "tqdm", "transformers"):
     pytest.importorskip(package)
 
-learning_curve, results, training, data = map(
-    load, ("learning_curve", "learning_curve_results", "learning_curve_training", "learning_curve_data")
-)
+import learning_curve
+import learning_curve_results as results
+import learning_curve_training as training
+
 TINY = ["--layers", "1", "--width", "32", "--length", "16", "--batch", "2", "--steps", "20", "--threads", "1"]
 TINY += ["--device", "cpu", "--text", "text"]
 FILES = ["learning_curve.json", "learning_curve.png"]

@@ -5,12 +5,12 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import learning_curve_data as data
+import learning_curve_yardsticks as yardsticks
 import numpy as np
 import pytest
 import torch
-from bench_scripts import load
 
-data, yardsticks = map(load, ("learning_curve_data", "learning_curve_yardsticks"))
 DOCUMENTS = tuple(bytes([65 + n]) * (7 + 5 * n) for n in range(9))  # 243 bytes, each document of one letter
 TEXT = data.Text("letters", DOCUMENTS, (b"held out",))
 

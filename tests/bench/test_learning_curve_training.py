@@ -1,5 +1,6 @@
 """Trainings of learning_curve.py: equal models and batches, options that change what they should, and interrupts."""
 
+import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 from torch.nn import functional as F
 
 for package in ("safetensors", "transformers"):
     pytest.importorskip(package)
 
 data, models, training, evaluation, checkpoint = (
-    load(f"learning_curve_{name}") for name in ("data", "models", "training", "evaluation", "checkpoint")
+    importlib.import_module(f"learning_curve_{name}")
+    for name in ("data", "models", "training", "evaluation", "checkpoint")
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt
 from operations import Operations
 from simulated_gpu import Immediate
 
 pytest.importorskip("tqdm")
 
-lru_layer, lru_run, forms, timing = map(load, ("lru_layer", "lru_layer_run", "lru_layer_forms", "ops_timing"))
+import lru_layer
+from layer import forms
+from layer import run as lru_run
+from timing import by_turns as timing
+
 LRU = lru_run.LRU
 CASE = lru_run.Case((2, 40, 6, 10), "float32")
 QUICK = ["--quick", "--device", "cpu"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, bad_results, interrupt, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, assert_help_names, bad_results, interrupt, run_script
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -17,9 +17,11 @@ for package in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
 
-lru_steps, tasks, models, training = map(
-    load, ("lru_steps", "lru_steps_tasks", "lru_steps_models", "lru_steps_training")
-)
+import lru_steps
+import lru_steps_models as models
+import lru_steps_tasks as tasks
+import lru_steps_training as training
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS, COPY = tasks.TASKS["digits"], tasks.TASKS["copy-100"]
 

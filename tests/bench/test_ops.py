@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, load, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, run_script
 
 PEERS = ("fastwkv", "hf", "loop", "reference")
 
 for package in ("tqdm", "transformers"):
     pytest.importorskip(package)
 
-ops, passes, timing, table, providers, wkv_providers, wkv_inputs = map(
-    load, ("ops", "ops_passes", "ops_timing", "ops_table", "providers", "wkv_providers", "wkv_inputs")
-)
+import ops
+from peers import provider as providers
+from peers import wkv_inputs, wkv_providers
+from throughput import passes, table
+from timing import by_turns as timing
+
 WKV = ops.OPERATORS["wkv"]
 
 

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 from torch import Tensor
 
 pytest.importorskip("tqdm")
 
-plan, base, passes, saved, warm = map(load, ("ops_plan", "operator_base", "ops_passes", "ops_saved", "ops_warm"))
-wkv_providers, scan_providers = map(load, ("wkv_providers", "scan_providers"))
+from peers import linear_scan_providers as scan_providers
+from peers import operator as base
+from peers import wkv_providers
+from throughput import passes, plan
+from throughput import precompile as warm
+from timing import saved_bytes as saved
+
 OPERATORS = plan.OPERATORS
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SHAPES = [(8, 1024, 768), (8, 4096, 2048), (8, 4096, 4096), (32, 1024, 1024)]

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_scripts import ROOT, assert_refused, load
+from bench_scripts import ROOT, assert_refused
 
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-table, figure = map(load, ("ops_table", "ops_figure"))
+from throughput import figure, table
+
 DEVICES = {"cpu": {"type": "cpu", "name": "a processor", "threads": 2}, "cuda": {"type": "cuda", "name": "a GPU"}}
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 from simulated_gpu import Immediate
 
 pytest.importorskip("tqdm")
 
-ops, run_module, timing = map(load, ("ops", "ops_run", "ops_timing"))
-operators, wkv_providers = map(load, ("operators", "wkv_providers"))
+import ops
+from peers import operators, wkv_providers
+from throughput import run as run_module
+from timing import by_turns as timing
+
 WKV = operators.OPERATORS["wkv"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 Rows = dict[tuple[str, str], dict[str, Any]]

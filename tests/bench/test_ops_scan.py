@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
 from torch import Tensor
 
 pytest.importorskip("tqdm")
 
-ops, passes, timing, table, base, scan_inputs, scan_providers = map(
-    load, ("ops", "ops_passes", "ops_timing", "ops_table", "operator_base", "scan_inputs", "scan_providers")
-)
+import ops
+from peers import linear_scan_inputs as scan_inputs
+from peers import linear_scan_providers as scan_providers
+from throughput import passes, table
+from timing import by_turns as timing
+
 OPERATORS, PROVIDERS = ops.OPERATORS, scan_providers.PROVIDERS
 GPU_ONLY = {"fla-recurrent", "fla-chunk", "accelerated-scan", "accelerated-scan-warp"}
 CPU = torch.device("cpu")

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load, measured
+from bench_scripts import measured
+from peers import operators
 from simulated_gpu import CPU, Simulated
+from throughput import passes
+from timing import by_turns as timing
+from timing import on_gpu as cuda_timing
 from torch.utils._pytree import tree_leaves
 
-timing, cuda_timing, passes, operators = map(load, ("ops_timing", "ops_cuda", "ops_passes", "operators"))
 EFFORT = timing.Effort(repeats=5, seconds=1e-3, turn=1e-3)
 
 

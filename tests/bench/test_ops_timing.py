@@ -9,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_scripts import load
-
-timing = load("ops_timing")
+from timing import by_turns as timing
 
 
 class Clock:

@@ -5,15 +5,17 @@ import json
 import subprocess
 import sys
 import tarfile
+import zipfile
 from types import SimpleNamespace
 
 import pytest
-from bench_scripts import ROOT, environment, load
+from bench_scripts import ROOT, environment
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
-kernel_cache, triton_keys, peers = load("ready.kernel_cache"), load("ready.triton_keys"), load("ready.peers")
-launchers, gpu_ready = load("ready.launchers"), load("gpu_ready")
+import gpu_ready
+import precompile
+from ready import kernel_cache, launchers, peers, triton_keys
 
 LAUNCHES = """
 import torch
@@ -29,7 +31,7 @@ def launches():
 # Of the same kernel, in a process that knows of the cache alone.
 AGAIN = """
 import sys, torch, triton
-from stand_in import stand_in
+from machine_code.stand_in import stand_in
 import some_launches
 found = []
 triton.knobs.compilation.listener = lambda **about: found.append(about["cache_hit"])
@@ -108,7 +110,7 @@ def test_each_kernel_is_compiled_once_and_failures_are_told(made, packed):
 def test_interrupted_compilation_keeps_what_it_has(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the program takes away
     monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
-    precompile, ended = load("precompile"), []
+    ended = []
     found = [("first", [("a", "b")], None), ("second", [("c", "d")], None)]
     entry = kernel_cache.Entry("kernel", "a", "b", b"code", b"{}")
 
@@ -224,7 +226,7 @@ def test_peers_are_fetched_once(monkeypatch, tmp_path):
     def pip(command, *arguments):
         called.append(command)
         if command == "download":
-            with load("zipfile").ZipFile(f"{arguments[-2]}/transformers.whl", "w") as archive:
+            with zipfile.ZipFile(f"{arguments[-2]}/transformers.whl", "w") as archive:
                 for name in peers.SOURCES:
                     archive.writestr(f"transformers/kernels/rwkv/{name}", name)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import interrupt, load
-
-program, result_file = map(load, ("program", "result_file"))
+from bench_scripts import interrupt
+from common import program, result_file
 
 
 def terminate() -> None:

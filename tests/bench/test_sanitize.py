@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitize
 import torch
-from bench_scripts import ROOT, assert_refused, load
+from bench_scripts import ROOT, assert_refused
+from piece import processes
 
-sanitize = load("sanitize")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 
 
@@ -49,7 +50,7 @@ def test_status_is_that_of_the_tool(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_of_gpu_py_is_the_same() -> None:
-    assert load("piece.processes").NOT_AVAILABLE == sanitize.NOT_AVAILABLE
+    assert processes.NOT_AVAILABLE == sanitize.NOT_AVAILABLE
 
 
 def test_bad_command_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

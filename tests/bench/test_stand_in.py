@@ -6,14 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from bench_scripts import environment, load
+from bench_scripts import environment
+from machine_code import stand_in
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 # Kernels are interpreted in the process of the tests, and of an interpreted one nothing is compiled.
 SCRIPT = """
 import json, sys, torch, triton
-from stand_in import NotCompiled, StandIn, stand_in
+from machine_code.stand_in import NotCompiled, StandIn, stand_in
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -118,5 +119,5 @@ def test_all_is_as_before_afterwards(seen):
 def test_interpreted_kernels_are_refused():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled where there is a GPU")
-    with pytest.raises(ValueError, match="unset TRITON_INTERPRET"), load("stand_in").stand_in():
+    with pytest.raises(ValueError, match="unset TRITON_INTERPRET"), stand_in.stand_in():
         pass

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from bench_scripts import assert_help_names, load
+import tune
+from bench_scripts import assert_help_names
 from simulated_gpu import CPU, SimulatedGpu
 from tuning import assumptions, candidates, patterns, report, skeleton, turns
 from tuning.choice import Cell
 
-tune = load("tune")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors, which only interpreted kernels take")
 KERNEL = {32: 100e-6, 64: 90e-6, 128: 130e-6}  # seconds of a pass, by the channels of a program
 

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_scripts import load
-
-command_line, unmeasured = map(load, ("command_line", "unmeasured"))
+from common import command_line
+from common import computed_result as unmeasured
 
 
 def parser():

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from peers import operators, wkv_providers
+from peers import wkv_cuda_providers as peer
+from throughput import passes
 
-passes, operators = map(load, ("ops_passes", "operators"))
-wkv_providers, peer = map(load, ("wkv_providers", "wkv_cuda_providers"))
 WKV = operators.OPERATORS["wkv"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -113,7 +113,7 @@ def test_more_chunks_than_are_read_at_once(lengths, reverse):
 def test_every_number_is_written_once_and_nothing_else_is_touched(dtype, lengths):
     # Of two chunks that write to one place the later wins where kernels are interpreted, but either may on a GPU. And
     # masks, unlike guard zones, are wrong already where they let numbers be read that nothing uses.
-    from traffic_counter import TrafficCounter
+    from machine_code.bytes_counter import TrafficCounter
 
     case = make_case(0, 2, 33, 5, dtype=dtype, fixed=lengths is None, reverse=lengths is None, lengths=lengths)
     with Implementation("triton") as context, TrafficCounter() as counter:

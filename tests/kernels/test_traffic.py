@@ -17,8 +17,8 @@ if torch.cuda.is_available():
 
 import triton
 import triton.language as tl
+from machine_code.bytes_counter import TrafficCounter, merged
 from traffic import compulsory, counted
-from traffic_counter import TrafficCounter, merged
 
 # Tokens that fill the last block, and that do not; as many as make w, u and the final state count for little.
 CASES = [("bfloat16", 128), ("bfloat16", 123), ("float32", 123)]

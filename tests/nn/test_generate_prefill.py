@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from bench_scripts import load
 from rwkv4_models import fields, text, trained
+from timing.live_bytes import LiveBytes
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, RWKV4State, generate, prefill
-
-LiveBytes = load("live_bytes").LiveBytes
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import load
+from timing.live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastwkv.nn import LRU, lru
 from fastwkv.ops.linear_scan import linear_scan
 
-LiveBytes = load("live_bytes").LiveBytes
 H, T = 8, 500
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "LRU": lambda: LRU(H, 64, 0.5, 0.99),

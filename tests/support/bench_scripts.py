@@ -1,6 +1,5 @@
 """The programs of bench/, which is a folder of scripts and no package: imported, run, and given bad arguments."""
 
-import importlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
+from timing import by_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,15 +25,6 @@ BAD_DEVICE = {
     "there is no device 'cuda:99' here": ["--device", "cuda:99"],
 }
 OCCUPIED = {"other": json.dumps({"device": {"name": "another machine"}}), "broken": "{", "foreign": "[]"}
-
-
-def load(name: str) -> ModuleType:
-    """Import a module of bench/."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
 
 
 def environment() -> dict[str, str]:
@@ -102,6 +93,6 @@ def interrupt(*_: Any, **__: Any) -> NoReturn:
 def measured(task: Any, effort: Any) -> dict[str, Any]:
     """Run a task as the programs that time do, once for its result and then by turns; return its figures."""
     _, task.first = task.run()
-    load("ops_timing").measure([task], effort, lambda: None)
+    by_turns.measure([task], effort, lambda: None)
     assert task.failure is None
     return task.figures()

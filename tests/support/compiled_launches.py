@@ -9,10 +9,10 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import stand_in
 import torch
 import triton
 import triton.language as tl
+from machine_code import stand_in
 from triton.runtime.jit import JITFunction
 
 import fastwkv

@@ -1,12 +1,13 @@
 """The implementations of the operators, each put behind the public functions in turn."""
 
 import importlib
+from contextlib import ExitStack
 
 import torch
 from hypothesis import strategies as st
-from providers import ONLY_GPU, OPERATORS, rounding_interpreter
+from interpreted import interpreted_kernels, rounding_interpreter
 
-import fastwkv  # noqa: F401 (registers the operators that are overridden here)
+from fastwkv.ops.library import OPERATORS
 
 IMPLEMENTATIONS = ("cpu", "triton")
 # Numbers of channels that tests draw from. On a GPU each is compiled for: there, fewer than a block has, and more.
@@ -34,18 +35,14 @@ class Implementation:
     def launcher(self, operator: str):
         """Return the function that launches an operator."""
         folder = "fastwkv.kernels.cpu" if self.name == "cpu" else "fastwkv.kernels"
-        return getattr(importlib.import_module(f"{folder}.{(OPERATORS | ONLY_GPU)[operator]}"), operator)
+        return getattr(importlib.import_module(f"{folder}.{OPERATORS[operator]}"), operator)
 
     def __enter__(self) -> "Implementation":
-        self._override = torch.library.Library("fastwkv", "IMPL")
+        self._contexts = ExitStack()
         if self.interpreted:
-            self._rounding = rounding_interpreter()
-            self._rounding.__enter__()
-            for operator in OPERATORS | ONLY_GPU:
-                self._override.impl(operator, self.launcher(operator), "CPU", allow_override=True)
+            self._contexts.enter_context(rounding_interpreter())
+            self._contexts.enter_context(interpreted_kernels())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._override._destroy()
-        if self.interpreted:
-            self._rounding.__exit__(None, None, None)
+        self._contexts.close()
