@@ -1,4 +1,4 @@
-"""What both passes of the linear scan share on a GPU: gates, edges of packed sequences, constants. See linear_scan.py.
+"""Parts of both passes of the linear scan on a GPU: gates, edges of packed sequences, constants. See linear_scan.py.
 
 A state is a tuple (h, low, product, product_low) of numbers, each a tuple of its parts: h + low is the state, and
 product + product_low the product of a chunk's gates, if a summary is wanted.

@@ -1,4 +1,4 @@
-"""What the WKV kernels share: weights, and states in registers and in memory. wkv.py has the mathematics.
+"""Parts of all WKV kernels on a GPU: weights, and states in registers and in memory. wkv.py has the mathematics.
 
 In registers a state is a tuple (num, den, anchor, age), an adjoint (gm, gl); notation.py says what the words mean.
 """

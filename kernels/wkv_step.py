@@ -1,11 +1,11 @@
 """One token of WKV on a GPU, for sequences that are generated.
 
 The formulas are those of wkv.py, but the state that comes back must hold p - w in one float32, token after token. At
-|p| = 60 the rounding of p loses 2e-6 a step, which adds up to 1e-3 in 8192 tokens of a small w. What it cuts off could
-be folded into num and den, but that is rounded there in turn, always in the same direction, which adds up to 1e-5. So
-the state is kept at a scale near e^0, where float32 resolves p to 1e-10: any scale will do, since only num e^p and
-den e^p mean anything. A token heavier than the past is added to it with a weight e^{k - p} up to e^64, and num and den
-change only by what the tokens bring.
+|p| = 60 the rounding of p loses 2e-6 a step, which adds up to 1e-3 in 8192 tokens of a small w. To fold what it cuts
+off into num and den is no cure: they are rounded in turn, always in the same direction, which adds up to 1e-5. So the
+state is kept at a scale near e^0, where float32 resolves p to 1e-10: any scale will do, since only num e^p and den e^p
+mean anything. A token heavier than the past is added to it with a weight e^{k - p} up to e^64, and num and den change
+only by what the tokens bring.
 
 A state is moved to that scale by a factor e^p, which is rounded, and the same error at every token would add up. So the
 difference between e^p and the factor stays in p, which has the digits for it.

@@ -1,7 +1,7 @@
 """The linear scan on the CPU, one SIMD vector of channels at a time. Here the forward pass; linear_scan_bwd.py has the
 adjoint.
 
-kernels/linear_scan.py holds the mathematics, kernels/notation.py explains the words. What is different on a CPU:
+kernels/linear_scan.py holds the mathematics, kernels/notation.py explains the words. On a CPU two things differ.
 
 Complex numbers lie in vectors as real and imaginary parts by turns. With re and im the parts of a, both written twice,
 a h is re h + (-im, im) (h with its parts exchanged), a sum of two products whose errors are known like those of others.

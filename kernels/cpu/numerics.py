@@ -1,4 +1,4 @@
-"""Between memory and vectors, and the exponential of a vector.
+"""Vectors from and to memory, and the exponential of a vector.
 
 Sums are float32 or float64; memory is float32, float64, bfloat16 or float16 and is converted on the way. ``load`` and
 ``store`` take the address of a tensor and a tag, an empty array whose dtype says what lies there. numba has no 16-bit
@@ -37,7 +37,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that runs without the interpreter lock, and keep the result on disk."""
     compiled = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
     with suppress(RuntimeError):  # there is no folder to write to
-        # numba compiles anew when the file of the function changes. What is inlined into it stands in other files.
+        # numba compiles anew when the file of the function changes, but other files have what is inlined into it.
         compiled._cache = KernelCache(function, _sources())
     return compiled
 
@@ -155,7 +155,7 @@ def _number(x: Vector, value: float) -> ir.Constant:
 
 
 def _emit_exp(builder: ir.IRBuilder, value: ir.Value, x: Vector) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """Return p, r, 2^n such that e^x = (1 + p r) 2^n, and where that is not so because it should be 0.
+    """Return p, r, 2^n such that e^x = (1 + p r) 2^n, and a mask of lanes where e^x is to be 0 all the same.
 
     n is x / ln 2 rounded: adding 1.5 * 2^23 leaves n in the lowest bits of the sum, and moving those bits up (the bias
     is in the sum already) makes 2^n.
@@ -179,7 +179,7 @@ def _emit_exp(builder: ir.IRBuilder, value: ir.Value, x: Vector) -> tuple[ir.Val
 def exp(typing: Any, x: Any) -> Any:
     """Return e^x to about one unit in the last place, for x up to 80 (float64: 700); exactly 0 below -87 (-708).
 
-    NaN stays NaN.
+    A NaN stays NaN.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:

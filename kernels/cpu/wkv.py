@@ -1,6 +1,6 @@
 """WKV on the CPU, one SIMD vector of channels at a time. Here the forward pass; wkv_bwd.py has the adjoint.
 
-kernels/wkv.py holds the mathematics, kernels/notation.py explains the words. What is different on a CPU:
+kernels/wkv.py holds the mathematics, kernels/notation.py explains the words. A CPU computes a step in this form:
 
     e = e^{-|gap - u|}    gap >= u (the past is heavier):  y_t = (num + e v_t) / (den + e)
                           else                             y_t = (e num + v_t) / (e den + 1)
