@@ -85,6 +85,12 @@ def _reverse_rows(
     return q, low, product, product_low, plus(ga_sum, row_sum)
 
 
+@triton.jit
+def _rows_before(h_ptr, offset, STEP: tl.constexpr, tile, known, ROWS: tl.constexpr, like):
+    """Read h before each row of a tile, 0 where there is none."""
+    return numbers_of(tl.load(h_ptr + offset - STEP + tile, mask=known, other=0.0), ROWS, like)
+
+
 @triton.jit(do_not_specialize=["T", "chunk"])
 def _linear_scan_bwd_kernel(
     a_ptr,  # [C] or [B, T, C]
@@ -136,10 +142,8 @@ def _linear_scan_bwd_kernel(
         run = in_tile & (t + rows < end)[:, None]
         ghs = numbers_of(tl.load(gh_ptr + offset + tile, mask=run, other=0.0), ROWS, q)
         gates = gate if FIXED else numbers_of(tl.load(a_ptr + offset + tile, mask=run, other=0.0), ROWS, q)
-        befores = ()
-        if not SUMMARY:
-            known = run & (t + rows > 0)[:, None]
-            befores = numbers_of(tl.load(h_ptr + offset - STEP * PARTS + tile, mask=known, other=0.0), ROWS, q)
+        known = run & (t + rows > 0)[:, None]
+        befores = () if SUMMARY else _rows_before(h_ptr, offset, STEP * PARTS, tile, known, ROWS, q)
         edges = edges_of(edge_ptr + t, rows, t + rows < end) if edge_ptr is not None else 0
         state = _reverse_rows(
             (gates, ghs, befores), state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr,
@@ -150,10 +154,8 @@ def _linear_scan_bwd_kernel(
         offset -= ROWS * STEP * PARTS
         ghs = numbers_of(tl.load(gh_ptr + offset + tile, mask=in_tile), ROWS, q)
         gates = gate if FIXED else numbers_of(tl.load(a_ptr + offset + tile, mask=in_tile), ROWS, q)
-        befores = ()
-        if not SUMMARY:
-            known = in_tile & (t + rows > 0)[:, None]
-            befores = numbers_of(tl.load(h_ptr + offset - STEP * PARTS + tile, mask=known, other=0.0), ROWS, q)
+        known = in_tile & (t + rows > 0)[:, None]
+        befores = () if SUMMARY else _rows_before(h_ptr, offset, STEP * PARTS, tile, known, ROWS, q)
         edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
         state = _reverse_rows(
             (gates, ghs, befores), state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr,

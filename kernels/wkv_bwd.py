@@ -55,6 +55,14 @@ def _store_ginitial(ginitial_ptr, initial_ptr, n, C, c, mask, field, adjoint):
 
 
 @triton.jit
+def _store_ginitial_at(edge, ginitial_ptr, initial_ptr, C, c, in_c, field, adjoint):
+    """Write the gradients of a given state if a packed sequence starts at this token."""
+    if is_start(edge):
+        n = (edge >> 2).to(tl.int64)
+        _store_ginitial(ginitial_ptr, initial_ptr, n, C, c, in_sequence(edge, in_c), field, adjoint)
+
+
+@triton.jit
 def _store_fields(ptr, field, values, mask):
     """Write values, each one field after the other."""
     for i in tl.static_range(len(values)):
@@ -98,13 +106,11 @@ def _wkv_bwd_kernel(
 
     rates = (load_rate(w_ptr, c, in_c, ACC), tl.load(u_ptr + c, mask=in_c, other=0.0).to(ACC))
     zero = tl.zeros([BLOCK_C], ACC)
-    adjoint = (zero, zero)
+    adjoint, factors, sums = (zero, zero), (tl.full([BLOCK_C], 1.0, ACC), zero), (zero, zero)
     if carry_ptr is not None:
         adjoint = load_adjoint(carry_ptr, carry_field, chunk_id * C, c, in_c)
     elif (gfinal_ptr is not None) and ((edge_ptr is None) and (not SUMMARY)):
         adjoint = load_adjoint(gfinal_ptr, field, batch * C, c, in_c)
-    factors = (tl.full([BLOCK_C], 1.0, ACC), zero)
-    sums = (zero, zero)
 
     rows = tl.arange(0, ROWS)
     tile = rows[:, None] * C + c[None, :]
@@ -120,8 +126,7 @@ def _wkv_bwd_kernel(
         state = load_state(checkpoint_ptr + block.to(tl.int64) * (3 * C), C, in_c)
         if edge_ptr is not None:
             first = run_begin(edge_ptr + t, rows, stop)
-            edge = tl.load(edge_ptr + end - 1)
-            adjoint, factors = leave(edge, gfinal_ptr, C, c, in_c, field, adjoint, factors)
+            adjoint, factors = leave(tl.load(edge_ptr + end - 1), gfinal_ptr, C, c, in_c, field, adjoint, factors)
             edge = tl.load(edge_ptr + t + first)
             state = enter(edge, initial_ptr, C, c, in_c, field, state)
         run = ((rows >= first) & (rows < stop))[:, None] & in_c[None, :]
@@ -131,9 +136,7 @@ def _wkv_bwd_kernel(
         )
         _store_tiles(gk_ptr, gv_ptr, offset, tile, gks, gvs, run, ROWS)
         if (edge_ptr is not None) and (ginitial_ptr is not None):
-            if is_start(edge):
-                n = (edge >> 2).to(tl.int64)
-                _store_ginitial(ginitial_ptr, initial_ptr, n, C, c, in_sequence(edge, in_c), field, adjoint)
+            _store_ginitial_at(edge, ginitial_ptr, initial_ptr, C, c, in_c, field, adjoint)
         end = t + first
     offset = origin + (ROWS * C) * tl.full([], 1, tl.int64) * whole
     checkpoint_ptr += tl.full([], 3 * C, tl.int64) * whole
