@@ -117,16 +117,17 @@ def _wkv_bwd_kernel(
     whole = (end - begin) // ROWS if edge_ptr is None else 0
     checkpoint_ptr += (batch * tl.cdiv(T, ROWS) + begin // ROWS) * 3 * C + c
     origin = (batch * T + begin) * C
-    while end > begin + whole * ROWS:  # the last tokens; if packed all, a run of one sequence at a time
-        block = (end - 1 - begin) // ROWS
+    at = end
+    while at > begin + whole * ROWS:  # the last tokens; if packed all, a run of one sequence at a time
+        block = (at - 1 - begin) // ROWS
         t = begin + block * ROWS
         offset = origin + block.to(tl.int64) * (ROWS * C)
         first = 0
-        stop = end - t
+        stop = at - t
         state = load_state(checkpoint_ptr + block.to(tl.int64) * (3 * C), C, in_c)
         if edge_ptr is not None:
             first = run_begin(edge_ptr + t, rows, stop)
-            adjoint, factors = leave(tl.load(edge_ptr + end - 1), gfinal_ptr, C, c, in_c, field, adjoint, factors)
+            adjoint, factors = leave(tl.load(edge_ptr + at - 1), gfinal_ptr, C, c, in_c, field, adjoint, factors)
             edge = tl.load(edge_ptr + t + first)
             state = enter(edge, initial_ptr, C, c, in_c, field, state)
         run = ((rows >= first) & (rows < stop))[:, None] & in_c[None, :]
@@ -137,7 +138,7 @@ def _wkv_bwd_kernel(
         _store_tiles(gk_ptr, gv_ptr, offset, tile, gks, gvs, run, ROWS)
         if (edge_ptr is not None) and (ginitial_ptr is not None):
             _store_ginitial_at(edge, ginitial_ptr, initial_ptr, C, c, in_c, field, adjoint)
-        end = t + first
+        at = t + first
     offset = origin + (ROWS * C) * tl.full([], 1, tl.int64) * whole
     checkpoint_ptr += tl.full([], 3 * C, tl.int64) * whole
     ceiling = offset
