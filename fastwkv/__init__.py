@@ -4,7 +4,7 @@ from fastwkv import _startup
 
 _startup.end_when_interrupted()
 
-# The imports below take a second, in which Ctrl-C is to end the command without a traceback: they come after that.
+# The imports below take a second, in which Ctrl-C has to end the command without a traceback: so they come after that.
 from fastwkv import nn, reference  # noqa: E402
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step  # noqa: E402
 from fastwkv.ops.wkv import wkv, wkv_step  # noqa: E402

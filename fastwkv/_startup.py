@@ -1,4 +1,4 @@
-"""Ctrl-C while the command starts: PyTorch takes seconds to import, and the command's own code runs only after that."""
+"""Ctrl-C while the command starts: its own code runs only after the import of PyTorch, which takes seconds."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from types import FrameType
 
 
 def end_when_interrupted() -> None:
-    """If this process is the command ``fastwkv``, let Ctrl-C end it at once, with status 130 and without a word.
+    """If this process is the command ``fastwkv``, let Ctrl-C end it at once, with status 130 and without output.
 
-    An exception would be a traceback, and code in C that imports Python's may take it for another error.
+    An exception would print a traceback, and C code that imports Python modules may take it for another error.
     """
     in_charge = _is_the_command() and threading.current_thread() is threading.main_thread()
-    if in_charge and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background
+    if in_charge and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored
         signal.signal(signal.SIGINT, _end)
 
 
@@ -29,7 +29,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _is_the_command() -> bool:
-    """Whether Python was started for ``python -m fastwkv`` or by the script of this name, and imports this for it."""
-    if sys.argv[:1] == ["-m"]:  # what stands there while Python looks for the module, which imports its package
+    """Return whether Python was started as ``python -m fastwkv`` or by the script of this name."""
+    if sys.argv[:1] == ["-m"]:  # argv while Python looks for the module, which imports its package
         return sys.orig_argv[-len(sys.argv) :][:1] in (["fastwkv"], ["-mfastwkv"])
     return Path(*sys.argv[:1]).stem == "fastwkv"

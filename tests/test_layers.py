@@ -1,53 +1,120 @@
 """Imports point one way: cli to nn, nn and integrations to ops, ops to kernels; the reference stands alone."""
 
-import ast
 from pathlib import Path
 
 import pytest
+from import_graph import circle, forbidden, import_graph, imported_names, room_of
 
 REPOSITORY = Path(__file__).parents[1]
-# What the modules of a folder may import of the package, besides their own folder.
-ALLOWED = {
-    "reference": set(),
-    "kernels": set(),
-    "fastwkv/ops": {"fastwkv.kernels.config", "fastwkv.kernels.launch", "fastwkv.reference.wkv"},  # WKVState is there
-    "fastwkv/nn": {"fastwkv.ops", "fastwkv.reference.wkv"},
-    "fastwkv/integrations": {"fastwkv.ops", "fastwkv.nn", "fastwkv.reference.wkv"},
-    "fastwkv/cli": {"fastwkv.nn", "fastwkv._startup"},
+PACKAGE = import_graph(REPOSITORY / "fastwkv", "fastwkv")
+# Each room, with the rooms and the single modules that its modules may import.
+ROOMS = {
+    "fastwkv.reference": set(),
+    "fastwkv.kernels": set(),
+    "fastwkv.kernels.cpu": {"fastwkv.kernels.config", "fastwkv.kernels.launch"},
+    "fastwkv.ops": {"fastwkv.kernels.launch", "fastwkv.reference.wkv"},  # the latter for WKVState
+    "fastwkv.nn": {"fastwkv.ops", "fastwkv.reference.wkv"},
+    "fastwkv.integrations": {"fastwkv.ops", "fastwkv.nn", "fastwkv.reference.wkv"},
+    "fastwkv._startup": set(),
+    "fastwkv": {"fastwkv._startup", "fastwkv.nn", "fastwkv.ops", "fastwkv.reference"},
+    "fastwkv.cli": {"fastwkv", "fastwkv._startup", "fastwkv.nn"},
+    "fastwkv.__main__": {"fastwkv.cli"},
 }
-NAMES = {"reference": "fastwkv.reference", "kernels": "fastwkv.kernels"}
-FILES = [path for folder in ALLOWED for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("fastwkv")}
-    return found
+def test_imports_point_one_way():
+    assert forbidden(PACKAGE, ROOMS) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_imports_point_one_way(path):
-    folder = next(f for f in ALLOWED if path.is_relative_to(REPOSITORY / f))
-    own = NAMES.get(folder, folder.replace("/", "."))
-    allowed = ALLOWED[folder] | {own}
-    for name in imports(path):
-        if name == "fastwkv" or name.startswith("fastwkv."):
-            ancestors = {a for a in allowed if name == a or name.startswith(a + ".") or a.startswith(name + ".")}
-            assert ancestors, f"{path.name} imports {name}"
+def test_no_imports_go_in_a_circle():
+    assert circle(PACKAGE) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_triton_is_imported_by_gpu_kernels_only(path):
-    used = any(name.split(".")[0] == "triton" for name in imports(path))
-    assert not used or path.parent == REPOSITORY / "kernels"
+def test_rooms_are_in_order():
+    assert circle({room: {room_of(name, ROOMS) for name in allowed} - {room} for room, allowed in ROOMS.items()}) == []
+
+
+def test_every_room_has_modules_and_every_module_was_read():
+    assert {room_of(module, ROOMS) for module in PACKAGE} == set(ROOMS)
+    folders = (REPOSITORY / "fastwkv", REPOSITORY / "kernels", REPOSITORY / "reference")
+    assert len(PACKAGE) == sum(len({p.resolve() for p in folder.rglob("*.py")}) for folder in folders)
+
+
+def test_triton_is_imported_by_gpu_kernels_only():
+    files = [path for name in ("fastwkv", "kernels", "reference") for path in (REPOSITORY / name).rglob("*.py")]
+    users = {path.parent for path in files if any(n.split(".")[0] == "triton" for n in imported_names(path))}
+    assert users == {REPOSITORY / "kernels"}
 
 
 def test_reference_imports_torch_alone():
     for path in (REPOSITORY / "reference").glob("*.py"):
-        outside = {name.split(".")[0] for name in imports(path)}
-        assert outside <= {"torch", "typing", "collections"}, path.name
+        names = imported_names(path, f"fastwkv.reference.{path.stem}")
+        # Of the package it imports itself alone, as its room says.
+        assert {name.split(".")[0] for name in names} <= {"torch", "typing", "collections", "fastwkv"}, path.name
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder of modules in which everything is as it should be: b.y imports a.x, a.x imports nothing."""
+    for name, text in {"a/x.py": "import os", "b/y.py": "from p.a.x import thing", "b/z.py": "import p.b.y"}.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+ROOMS_OF_TREE = {"p.a": set(), "p.b": {"p.a"}}
+
+
+def test_a_tree_in_order_has_neither_circles_nor_forbidden_arrows(tree):
+    graph = import_graph(tree, "p")
+    assert graph == {"p.a.x": set(), "p.b.y": {"p.a.x"}, "p.b.z": {"p.b.y"}}
+    assert circle(graph) == []
+    assert forbidden(graph, ROOMS_OF_TREE) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import p.b.z",
+        "from p.b import z",
+        "from p.b.z import thing",
+        "from ..b import z",
+        "from ..b.z import thing",
+        "def f():\n    from p.b import z",
+        "if TYPE_CHECKING:\n    from p.b.z import thing",
+        "from importlib import import_module\nimport_module('p.b.z')",
+        "import importlib\nimportlib.import_module('p.b.z')",
+    ],
+)
+def test_a_circle_is_found_however_it_is_written(tree, text):
+    (tree / "a/x.py").write_text(text)
+    graph = import_graph(tree, "p")
+    assert set(circle(graph)) == {"p.a.x", "p.b.y", "p.b.z"}
+    assert forbidden(graph, ROOMS_OF_TREE) == ["p.a.x imports p.b.z"]
+
+
+def test_a_circle_through_a_package_is_found(tree):
+    (tree / "b/__init__.py").write_text("from p.b.y import thing")
+    assert circle(import_graph(tree, "p")) == []
+    (tree / "b/y.py").write_text("from p.b import other")
+    assert set(circle(import_graph(tree, "p"))) == {"p.b", "p.b.y"}
+
+
+def test_modules_without_a_package_know_each_other_by_their_own_names(tree):
+    (tree / "top.py").write_text("from a.x import thing\nimport b.y")
+    graph = import_graph(tree)
+    assert graph["top"] == {"a.x", "b.y"}
+    assert forbidden(graph, {"a": set(), "b": set(), "top": {"a", "b.y"}}) == []
+    assert forbidden(graph, {"a": set(), "b": set(), "top": {"b"}}) == ["top imports a.x"]
+
+
+def test_a_module_in_no_room_is_named(tree):
+    assert forbidden(import_graph(tree, "p"), {"p.a": set()}) == ["p.b.y is in no room", "p.b.z is in no room"]
+
+
+def test_a_linked_folder_is_part_of_the_tree(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "w.py").write_text("import p.b.z")
+    (tree / "c").symlink_to(elsewhere)
+    assert import_graph(tree, "p")["p.c.w"] == {"p.b.z"}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastwkv.nn import RWKV4, generate
 from fastwkv.nn.cuda_graph import why_no_graph
-from fastwkv.nn.generate import Generation
+from fastwkv.nn.generation import Generation
 
 PROMPT = 16  # tokens before those that are timed
 BEFORE = 3  # tokens that are unlike the others: of the prompt, of the recording, and the first launch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
-from fastwkv.nn.generate import Generation
+from fastwkv.nn.generation import Generation
 
 RWKV = "rwkv4"
 TRANSFORMERS = ("gpt-neox", "opt", "bloom", "gpt-neo")

@@ -1,1 +1,1 @@
-"""The command ``fastwkv``: text in, text out, and what is in a checkpoint."""
+"""The command ``fastwkv``: it continues texts and describes checkpoints."""

@@ -1,4 +1,4 @@
-"""What the commands share: types of options, and complaints of one line."""
+"""The types of options that the commands share, and errors of one line."""
 
 import argparse
 import math
@@ -11,11 +11,11 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done; the message is meant for the user."""
+    """The command cannot do as it was asked; the message is for the user."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, and status 2."""
+    """A parser whose errors are one line, and status 2."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message without the usage and end the program."""
@@ -30,7 +30,7 @@ def whole(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """Read a number of threads; PyTorch crashes where there are many thousands."""
+    """Read a number of threads, at most the cores: PyTorch crashes with many thousands."""
     cores = os.cpu_count() or 1
     if not text.isdecimal() or not 1 <= int(text) <= cores:
         raise argparse.ArgumentTypeError(f"expected 1 to {cores}, the cores of this machine, got {text!r}")

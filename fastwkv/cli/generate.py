@@ -11,12 +11,12 @@ from fastwkv.cli import arguments
 from fastwkv.cli.arguments import UsageError
 from fastwkv.cli.position import Position, check_writable
 from fastwkv.cli.session import Session
-from fastwkv.cli.text import Text, open_text
+from fastwkv.cli.tokenizer import Tokenizer, open_tokenizer
 from fastwkv.cli.world import FILE_NAME
 from fastwkv.nn import RWKV4, RWKV4Config
 from fastwkv.nn.checkpoint import open_checkpoint
 
-_FIRST_TOKEN = 0  # end of text in the tokenizer of the Pile: what a text begins after
+_FIRST_TOKEN = 0  # a text begins after the end of text, which is this token in the tokenizer of the Pile
 
 DESCRIPTION = """\
 Continue a text with an RWKV-4 model. The new text goes to standard output as it comes; how much was read and generated,
@@ -42,11 +42,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_texts(parser)
     option = parser.add_argument
     option("--tokens", type=arguments.whole, default=256, metavar="N", help="to generate (default: 256); 0 only reads")
-    heat = "of the draw; 0 takes the most likely token (default: 0)"
+    heat = "of the sampling; 0 takes the most likely token (default: 0)"
     option("--temperature", type=arguments.temperature, default=0.0, metavar="X", help=heat)
-    top_p = "draw from the fewest tokens that together have this probability (default: 1)"
+    top_p = "sample from the fewest tokens that together have this probability (default: 1)"
     option("--top-p", type=arguments.probability, default=1.0, metavar="P", help=top_p)
-    option("--seed", type=arguments.whole, metavar="N", help="of the draw (default: another one every time)")
+    option("--seed", type=arguments.whole, metavar="N", help="of the sampling (default: another one every time)")
     option("--stop-token", type=arguments.whole, metavar="ID", help="end at this token, which is not printed")
     dtypes = f"of the computation: {', '.join(arguments.DTYPES)} (default: that of the checkpoint)"
     option("--dtype", type=arguments.dtype, metavar="NAME", help=dtypes)
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that name what is read and written."""
+    """Declare the options that name the files, prompts and tokenizers to read, and the file to write."""
     option = parser.add_argument
     model = "a .pth file of BlinkDL's, or a folder of Hugging Face's or of save_pretrained"
     option("--model", type=Path, required=True, metavar="PATH", help=model)
@@ -75,35 +75,35 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; return the exit status."""
-    # Whatever can be wrong is found out from the headers, before a large model is loaded.
+    # All errors are found from the headers, before a large model is loaded.
     config, dtype = _sizes(args)
     loaded = Position.load(args.load_state, config, dtype) if args.load_state else None
     if args.save_state:
         check_writable(args.save_state)
-    text = open_text(args.tokenizer, args.model, config.vocab_size, args.bytes)
-    tokens = _tokens(args, text, config.vocab_size)
+    tokenizer = open_tokenizer(args.tokenizer, args.model, config.vocab_size, args.bytes)
+    tokens = _tokens(args, tokenizer, config.vocab_size)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or arguments.default_device()
     model = RWKV4.from_pretrained(args.model, dtype=dtype, device=device)
     if loaded:
-        session = Session(model, text, loaded.to(device), tokens)
+        session = Session(model, tokenizer, loaded.to(device), tokens)
     else:
         first, *rest = tokens or [_FIRST_TOKEN]
-        session = Session(model, text, Position(model.empty_state(1), first), rest, read=1)
-    draw = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    return session.run(args.tokens, args.stop_token, args.save_state, draw)
+        session = Session(model, tokenizer, Position(model.empty_state(1), first), rest, read=1)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    return session.run(args.tokens, args.stop_token, args.save_state, sampling)
 
 
 def _sizes(args: argparse.Namespace) -> tuple[RWKV4Config, torch.dtype]:
-    """Return the sizes of the model and the dtype to compute in: one, also where the checkpoint mixes several."""
+    """Return the sizes of the model and the one dtype to compute in, even if the checkpoint has several."""
     checkpoint = open_checkpoint(args.model)
     return checkpoint.config, args.dtype or checkpoint.tensors["embeddings.weight"].dtype
 
 
-def _tokens(args: argparse.Namespace, text: Text, vocab_size: int) -> list[int]:
+def _tokens(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the tokens of the prompt, if the model has them all."""
-    tokens = text.encode(_prompt(args))
+    tokens = tokenizer.encode(_prompt(args))
     if (highest := max(tokens, default=0)) >= vocab_size:
         raise UsageError(f"token {highest} of the prompt is outside the model's vocabulary of {vocab_size} tokens")
     if args.stop_token is not None and args.stop_token >= vocab_size:

@@ -1,4 +1,4 @@
-"""``fastwkv info``: what is in a checkpoint, from its headers alone."""
+"""``fastwkv info``: describe a checkpoint from its headers alone."""
 
 import argparse
 import json
@@ -30,14 +30,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is in the checkpoint; return the exit status."""
+    """Print a description of the checkpoint; return the exit status."""
     found = facts(open_checkpoint(args.path))
     write((json.dumps(found, indent=2) if args.json else _table(found)) + "\n")
     return 0
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
+    """Return the fields that ``--json`` prints."""
     config, tensors = checkpoint.config, checkpoint.tensors.values()
     dtype = checkpoint.tensors["embeddings.weight"].dtype
     x = torch.empty(config.layers, 1, config.width, dtype=dtype)

@@ -8,7 +8,7 @@ import fastwkv
 from fastwkv import _startup
 from fastwkv.cli import generate, info
 from fastwkv.cli.arguments import Parser, UsageError
-from fastwkv.cli.output import replace_what_cannot_be_encoded, write
+from fastwkv.cli.output import replace_unencodable, write
 from fastwkv.nn import CheckpointError
 
 _COMMANDS = {"generate": (generate, "continue a text"), "info": (info, "say what is in a checkpoint")}
@@ -18,25 +18,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: of the command line, by default those of the process.
+        arguments: the arguments of the command line, by default those of the process.
 
     Returns:
-        the exit status: 0; 130 after Ctrl-C; 141 where nobody reads the output any more.
+        The exit status: 0; 130 after Ctrl-C; 141 if the reader of the output is gone.
 
     Raises:
-        SystemExit: with status 2 and one line on standard error for whatever the user can do wrong; with 0 after
-            --help and --version.
+        SystemExit: the user has made an error: status 2 and one line on standard error. After --help and --version:
+            status 0.
 
     """
     try:
         _startup.interrupt_as_usual()
-        replace_what_cannot_be_encoded()
+        replace_unencodable()
         try:
             return _run(arguments)
         finally:
-            write("")  # what --help left in the buffer: a reader that is gone is found out here
+            write("")  # flushes the output of --help, which fails here if its reader is gone
     except BrokenPipeError:
-        return 128 + 13  # as if SIGPIPE had ended it, which Python ignores
+        return 128 + 13  # the status of a process that SIGPIPE has ended; Python ignores that signal
     except KeyboardInterrupt:
         return 130
 
@@ -52,11 +52,11 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except (MemoryError, RuntimeError) as error:
-        parser.error(_what_the_user_can_change(error))
+        parser.error(_advice(error))
 
 
-def _what_the_user_can_change(error: MemoryError | RuntimeError) -> str:
-    """Return what to say of this error, which PyTorch may tell from others in words only; raise it if it is a bug."""
+def _advice(error: MemoryError | RuntimeError) -> str:
+    """Return a message for an error that the user can mend, which only its words may tell; raise it if it is a bug."""
     first_line = (str(error).splitlines() or ["the process got no more"])[0]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in first_line:
         return f"not enough memory: {first_line}"

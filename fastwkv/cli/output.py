@@ -10,7 +10,7 @@ def write(text: str) -> None:
     """Print at once.
 
     Raises:
-        OSError: nobody reads any more (BrokenPipeError), or the disk is full. Nothing is kept back for later then.
+        OSError: the reader is gone (BrokenPipeError), or the disk is full. No output is kept for later then.
 
     """
     try:
@@ -22,8 +22,8 @@ def write(text: str) -> None:
         raise
 
 
-def replace_what_cannot_be_encoded() -> None:
-    """Print "?" for characters that the encoding of standard output has not, in place of failing."""
+def replace_unencodable() -> None:
+    """Print "?" for characters that the encoding of standard output lacks, in place of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

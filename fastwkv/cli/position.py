@@ -1,4 +1,4 @@
-"""Where a text stands: what the model remembers of it, in memory and in a file."""
+"""The position in a text: the state of the model and the last token, in memory and in a file."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ class Position(NamedTuple):
         """Write a safetensors file: the tensors of the state, and int64 ``[1]`` "last_token".
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
 
         """
         try:
@@ -50,11 +50,11 @@ class Position(NamedTuple):
 
     @staticmethod
     def load(path: Path, config: RWKV4Config, dtype: torch.dtype) -> "Position":
-        """Read what :meth:`save` has written for a model of these sizes and this dtype.
+        """Read a file that ``save`` has written for a model of these sizes and this dtype.
 
         Raises:
             OSError: the file cannot be opened.
-            CheckpointError: it is damaged, or not of such a model.
+            CheckpointError: the file is damaged, or not of such a model.
 
         """
         tensors = read_tensors(path)
@@ -76,17 +76,17 @@ class Position(NamedTuple):
 
 
 def advance(model: RWKV4, position: Position, tokens: Sequence[int]) -> Position:
-    """Add these tokens, at least one, to the text: read all that is unread but the last of them."""
+    """Add these tokens, at least one, to the text: read all unread tokens but the last of these."""
     with torch.inference_mode():
         _, state = model.features(position.unread(tokens[:-1]), position.state)
     return Position(state, tokens[-1])
 
 
 def check_writable(path: Path) -> None:
-    """Find out whether :meth:`Position.save` could write a file of this name, into a folder that is there.
+    """Check that ``Position.save`` can write a file of this name, into an existing folder.
 
     Raises:
-        UsageError: it could not.
+        UsageError: it cannot.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""One text of the command line: read, continued, and saved whatever ends it."""
+"""One text of the command line, which is read, continued, and saved however the command ends."""
 
 import sys
 import time
@@ -7,42 +7,46 @@ from typing import Any
 
 from fastwkv.cli.output import progress, write
 from fastwkv.cli.position import Position, advance
-from fastwkv.cli.text import Text
+from fastwkv.cli.tokenizer import Tokenizer
 from fastwkv.nn import RWKV4, generate, prefill
 
-_CONTEXT = 8  # tokens before the new text that its decoding may depend on: of a character, or of the space after a word
+# The number of tokens before the new text on which its decoding may depend: parts of a character, or the space after a
+# word.
+_CONTEXT = 8
 
 
 class Session:
     """A text that is being read or written.
 
     Args:
-        model: what reads and writes.
-        text: its tokenizer.
-        position: where to begin.
+        model: the model that reads and writes.
+        tokenizer: the tokenizer of the model.
+        position: the position to begin at.
         tokens: the rest of the prompt.
-        read: how many tokens of the prompt ``position`` holds already.
+        read: the number of tokens of the prompt that ``position`` holds already.
 
     """
 
-    def __init__(self, model: RWKV4, text: Text, position: Position, tokens: list[int], read: int = 0) -> None:
+    def __init__(
+        self, model: RWKV4, tokenizer: Tokenizer, position: Position, tokens: list[int], read: int = 0
+    ) -> None:
         self._model = model
-        self._text = text
-        self._position = position  # replaced as a whole: an interruption leaves one that is right
+        self._tokenizer = tokenizer
+        self._position = position  # replaced as a whole, so that it is right after an interruption
         self._context = [position.last_token, *tokens[-_CONTEXT:]]
         self._tokens = tokens
         self._read = read
         self._generated = 0
         self._started = self._read_until = self._written_until = time.perf_counter()
 
-    def run(self, count: int, stop_token: int | None, save_state: Path | None, draw: dict[str, Any]) -> int:
+    def run(self, count: int, stop_token: int | None, save_state: Path | None, sampling: dict[str, Any]) -> int:
         """Read the prompt and print ``count`` new tokens; return the exit status.
 
         Args:
-            count: of tokens; fewer if ``stop_token`` comes.
-            stop_token: ends the text.
-            save_state: where to write what to continue, also when the text is cut short.
-            draw: options of :func:`fastwkv.nn.generate`.
+            count: the number of tokens; fewer come if ``stop_token`` does.
+            stop_token: the token that ends the text.
+            save_state: the file to write the position to, even if the text is cut short.
+            sampling: options of ``fastwkv.nn.generate``.
 
         Raises:
             OSError: the text or the state cannot be written.
@@ -51,7 +55,7 @@ class Session:
         status = 0
         try:
             self._read_prompt()
-            self._write_text(count, stop_token, draw)
+            self._write_text(count, stop_token, sampling)
         except KeyboardInterrupt:
             status = 130
         finally:
@@ -71,10 +75,10 @@ class Session:
             progress(f"read {self._read:,} of {total:,} tokens")
         progress("")
 
-    def _write_text(self, count: int, stop_token: int | None, draw: dict[str, Any]) -> None:
+    def _write_text(self, count: int, stop_token: int | None, sampling: dict[str, Any]) -> None:
         for token in self._context:
-            self._text.decode(token)
-        generation = generate(self._model, self._position.unread(), count, state=self._position.state, **draw)
+            self._tokenizer.decode(token)
+        generation = generate(self._model, self._position.unread(), count, state=self._position.state, **sampling)
         for tensor in generation:
             token = int(tensor)
             self._written_until = time.perf_counter()
@@ -83,16 +87,16 @@ class Session:
             self._generated += 1
             stopped = token == stop_token
             if not stopped:
-                write(self._text.decode(token))
+                write(self._tokenizer.decode(token))
             assert generation.state is not None
             self._position = Position(generation.state, token)
             if stopped:
                 break
         if self._generated:
-            write(self._text.finish())
+            write(self._tokenizer.finish())
 
     def _report(self) -> None:
-        """Print how fast it was. The first prediction counts as reading: its logits are those of the prompt."""
+        """Print the speeds. The first prediction counts as reading: its logits are those of the prompt."""
         read = _speed(self._read, self._read, self._read_until - self._started)
         generated = _speed(self._generated, self._generated - 1, self._written_until - self._read_until)
         new_line = "\n" if sys.stderr.isatty() else ""  # after a text that may end anywhere

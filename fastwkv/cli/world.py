@@ -10,17 +10,16 @@ FILE_NAME = "rwkv_vocab_v20230424.txt"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class WorldText:
-    """Tokens are strings of bytes, each of which is one on its own; a text is cut into the longest, from its start.
+class WorldTokenizer:
+    """A tokenizer whose tokens are strings of bytes, one for each byte too; a text is cut into the longest, in order.
 
-    Token 0, the end of a text, stands for no bytes. It, and what the file has not, is decoded as U+FFFD, and so is what
-    is no UTF-8.
+    Token 0, the end of a text, has no bytes. It, tokens that the file lacks, and invalid UTF-8 are decoded as U+FFFD.
     """
 
     def __init__(self, vocabulary: Mapping[int, bytes]) -> None:
         self._bytes = vocabulary
         self._tokens = {string: token for token, string in vocabulary.items()}
-        lengths: dict[bytes, set[int]] = {}  # of all strings that begin with these two bytes
+        lengths: dict[bytes, set[int]] = {}  # of the strings that begin with these two bytes
         for string in self._tokens:
             lengths.setdefault(string[:2], set()).add(len(string))
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
@@ -39,12 +38,12 @@ class WorldText:
         return tokens
 
     def decode(self, token: int) -> str:
-        """Return the text that is certain after one more token."""
+        """Return the text that one more token makes certain."""
         string = self._bytes.get(token)
         return self.finish() + _REPLACEMENT if string is None else self._decoder.decode(string)
 
     def finish(self) -> str:
-        """Return what stands for the rest, where the tokens end within a character."""
+        """Return a replacement for the rest of the tokens if they end within a character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -52,11 +51,11 @@ def read_vocabulary(name: str, content: bytes) -> dict[int, bytes]:
     """Return the strings of the tokens: a line holds a token, its string as Python writes it, and its length in bytes.
 
     Args:
-        name: of the file, for messages.
-        content: what is in it.
+        name: the name of the file, for messages.
+        content: the content of the file.
 
     Raises:
-        UsageError: it is another file, or damaged.
+        UsageError: the file is another, or damaged.
 
     """
     vocabulary: dict[int, bytes] = {}
@@ -69,7 +68,7 @@ def read_vocabulary(name: str, content: bytes) -> dict[int, bytes]:
             if not isinstance(string, bytes) or not len(string) == int(length) > 0 or int(token) in vocabulary:
                 raise ValueError
             vocabulary[int(token)] = string
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # which literal_eval raises
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the errors of literal_eval
             raise UsageError(
                 f"{name}: neither a file of the tokenizers library nor the vocabulary of RWKV-4 World, {FILE_NAME}:"
                 f" line {number} is no token, its string and its length"

@@ -1,1 +1,1 @@
-"""The operators inside other projects' models."""
+"""The operators of this package in the models of other projects."""

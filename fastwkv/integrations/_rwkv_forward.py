@@ -1,8 +1,8 @@
-"""The forward pass of Hugging Face's RWKV with this package's operator, and with a state that is never written to.
+"""The forward pass of Hugging Face's RWKV with this package's operator, which never writes into a state.
 
 Hugging Face stores a state as five tensors, ``[B, D, L]`` or ``[B, A, L]`` for L layers (A is the width of the
-attention), and its layers write into them. Here a state is taken apart on the way in, every layer returns a new list in
-which its own entry is another, and the five tensors are put together again on the way out. So autograd and gradient
+attention), and its layers write into them. Here the model takes a state apart into a list, every layer returns a new
+list with its own entry replaced, and the model puts the five tensors together again. So autograd and gradient
 checkpointing, which runs a block twice, see values that do not change.
 """
 
@@ -21,7 +21,7 @@ from fastwkv.reference.wkv import WKVState
 
 
 class LayerState(NamedTuple):
-    """What one layer keeps of the text so far; None where there was none."""
+    """The state of one layer, None in each field before the first token."""
 
     ffn_x: Tensor | None = None
     att_x: Tensor | None = None
@@ -36,13 +36,15 @@ def linear_attention(
     state: Sequence[Tensor] | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """What ``rwkv_linear_attention`` of transformers computes, and its signature: ``w = exp(time_decay)``.
+    """Compute ``rwkv_linear_attention`` of transformers, by its own signature: ``w = exp(time_decay)``.
 
     Args:
-        time_decay, time_first: ``[C]``.
-        key, value: ``[B, T, C]``.
+        time_decay: the logarithm of the decay rate, ``[C]``.
+        time_first: the bonus of the current token, ``[C]``.
+        key: ``[B, T, C]``.
+        value: ``[B, T, C]``.
         state: num, den and max, ``[B, C]`` each; empty if None.
-        return_state: return the state after the last token even where none came in.
+        return_state: whether to return the state after the last token even if ``state`` is None.
 
     Returns:
         The output ``[B, T, C]`` in the dtype of ``key``, and the new state or None. States are float32, float64 beside
@@ -91,7 +93,7 @@ def feed_forward_forward(
 
 
 def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``RwkvModel.forward``: its layers get a list of :class:`LayerState`, its caller five tensors."""
+    """Wrap ``RwkvModel.forward``: its layers get a list of ``LayerState``, its caller gets five tensors."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)

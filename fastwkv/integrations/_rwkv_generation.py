@@ -1,8 +1,8 @@
-"""How ``generate`` of transformers carries the state of Hugging Face's RWKV from token to token.
+"""``generate`` of transformers carries the state of Hugging Face's RWKV from token to token.
 
-It is carried as ``past_key_values``: versions 4 and 5 of transformers both reorder what has that name when a beam
-search drops a beam, and only that. So also a state that the caller gave, named ``state``, is told from a carried one:
-all of ``input_ids`` comes after the former, only its last token after the latter.
+The state is carried as ``past_key_values``, the only name whose value versions 4 and 5 of transformers reorder when a
+beam search drops a beam. That also tells it from a state of the caller's, named ``state``: all of ``input_ids`` comes
+after the caller's state, only its last token after a carried one.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def prepare_inputs(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wrap ``RwkvForCausalLM.prepare_inputs_for_generation``, which cuts too much off or does not know of the state."""
+    """Wrap ``RwkvForCausalLM.prepare_inputs_for_generation``, which cuts off too much or ignores the state."""
 
     def prepare_inputs_for_generation(
         self: Any,
@@ -36,16 +36,16 @@ def update_model_kwargs(original: Callable[..., dict[str, Any]]) -> Callable[...
 
     @functools.wraps(original)
     def update(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        given = model_kwargs.pop("state", None)
+        of_caller = model_kwargs.pop("state", None)
         updated = original(self, outputs, model_kwargs, *args, **kwargs)
         state = updated.pop("state", None)
-        # Without a cache the whole text is read again, after the state that was given.
-        name, carried = ("past_key_values", state) if updated.get("use_cache", True) else ("state", given)
+        # Without a cache the whole text is read again, after the caller's state.
+        name, carried = ("past_key_values", state) if updated.get("use_cache", True) else ("state", of_caller)
         return updated if carried is None else updated | {name: carried}
 
     return update
 
 
 def reorder_cache(self: Any, past_key_values: list[Tensor], beam_idx: Tensor) -> list[Tensor]:
-    """Return the state whose rows are those of the beams that go on: ``_reorder_cache``."""
+    """Return the state with the rows of the beams that go on: ``_reorder_cache``."""
     return [field.index_select(0, beam_idx.to(field.device)) for field in past_key_values]

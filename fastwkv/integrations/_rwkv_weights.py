@@ -1,4 +1,4 @@
-"""The weights of Hugging Face's RWKV: initial values, and the true ones where an evaluated model holds divided ones."""
+"""The weights of Hugging Face's RWKV: initial values, and true weights of a model in eval mode, which divides them."""
 
 import copy
 import functools
@@ -10,11 +10,12 @@ import torch
 
 
 def init_weights(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``RwkvPreTrainedModel._init_weights``: one layer works, and ``time_first`` is what it was in training."""
+    """Wrap ``_init_weights``: a model of one layer works, and ``time_first`` is as in the training of the published."""
 
     @functools.wraps(original)
     @torch.no_grad()
     def _init_weights(self: Any, module: Any) -> None:
+        # The import is here since transformers is an optional dependency.
         from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
         if not isinstance(module, RwkvSelfAttention):
@@ -37,11 +38,11 @@ def _init_time_first(time_first: torch.nn.Parameter) -> None:
     channel = torch.arange(time_first.numel(), dtype=torch.float64, device=time_first.device)
     value = math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1)
     try:
-        from transformers import initialization
+        from transformers import initialization  # here, since transformers is an optional dependency
     except ImportError:  # transformers 4
         time_first.copy_(value)
     else:
-        initialization.copy_(time_first, value)  # leaves alone what was loaded from a file
+        initialization.copy_(time_first, value)  # does not touch weights that were loaded from a file
 
 
 def with_true_weights(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +68,7 @@ def _undo_rescaling(model: Any) -> None:
         for linear in (block.attention.output, block.feed_forward.value)
     ]
     if any(hasattr(weight, name) for weight, _ in divided for name in ("SCB", "quant_state")):
-        return  # quantised: bitsandbytes keeps the scale elsewhere, and rounds
+        return  # bitsandbytes has quantised them: it keeps the scale elsewhere, and rounds
     for weight, factor in divided:
         weight.mul_(factor)
     model.layers_are_rescaled = False

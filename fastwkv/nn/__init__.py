@@ -1,7 +1,7 @@
-"""PyTorch modules: RWKV-4 over :func:`fastwkv.wkv`, and layers over :func:`fastwkv.linear_scan`."""
+"""PyTorch modules: RWKV-4 over ``fastwkv.wkv``, and layers over ``fastwkv.linear_scan``."""
 
 from fastwkv.nn.config import RWKV4Config
-from fastwkv.nn.generate import generate
+from fastwkv.nn.generation import generate
 from fastwkv.nn.lru import LRU
 from fastwkv.nn.lru_block import LRUBlock
 from fastwkv.nn.mingru import MinGRU

@@ -1,4 +1,4 @@
-"""Checkpoints of RWKV-4: finding, checking, loading and saving them."""
+"""Checkpoints of RWKV-4: they are found, checked, loaded and saved here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,26 +21,26 @@ from fastwkv.nn.tensor_files import (
 )
 from fastwkv.ops.checks import FLOATING
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there; also as NAME.index.json
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one in a folder counts; also as NAME.index.json
 _MODEL_TYPE = "fastwkv-rwkv4"
 _DEFAULT_EPS = 1e-5
-_WIDE = (".time_decay", ".time_first")  # rates and bonuses: at least float32, beside whatever else
+_WIDE = (".time_decay", ".time_first")  # rates and bonuses are at least float32
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been found whole and right; nothing of it is loaded yet, unless it was compressed."""
+    """A checkpoint that has passed all checks; only a compressed one is in memory yet."""
 
     path: Path
     format: str  # one of checkpoint_names.FORMATS
     config: RWKV4Config
-    tensors: Mapping[str, Tensor]  # in the mapped file, by the names of the model, in the shapes of the model
+    tensors: Mapping[str, Tensor]  # in the mapped file, with the names and shapes of the model
 
     def load_into(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
-        """Give a model of the meta device copies of these tensors: the only ones in memory, the files are mapped.
+        """Give a model on the meta device copies of these tensors, the only ones in memory: the files are mapped.
 
         Raises:
-            CheckpointError: the model cannot compute in the dtypes as they are stored.
+            CheckpointError: ``dtype`` is None and the model cannot compute in the stored dtypes.
 
         """
         if dtype is None:
@@ -60,15 +60,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
-    """Find a checkpoint and check names, shapes, dtypes and sizes of all that is in it.
+    """Find a checkpoint and check the names, shapes, dtypes and sizes of all its tensors.
 
     Args:
-        path: a file of BlinkDL's, or a folder of Hugging Face's or of :func:`save`.
+        path: a file of BlinkDL's, or a folder of Hugging Face's or of ``save``.
         checksums: whether to read files of ``torch.save`` through, to compare them with their checksums.
 
     Raises:
         OSError: a file is missing or cannot be opened.
-        CheckpointError: it is damaged, or no RWKV-4.
+        CheckpointError: the checkpoint is damaged, or not of RWKV-4.
 
     """
     path = Path(path)
@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
 
 
 def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -> None:
-    """Write the parameters of a model; see :meth:`fastwkv.nn.RWKV4.save_pretrained`."""
+    """Write the parameters of a model; see ``fastwkv.nn.RWKV4.save_pretrained``."""
     path = Path(path)
     if format not in checkpoint_names.FORMATS:
         raise ValueError(f"format must be one of {', '.join(checkpoint_names.FORMATS)}, got {format!r}")
@@ -140,7 +140,7 @@ def _read_shards(index: Path, checksums: bool) -> dict[str, Tensor]:
 
 
 def _config(path: Path, format: str, found: Mapping[str, Tensor], written: Mapping[str, Any]) -> RWKV4Config:
-    """Infer the sizes from the weights; what is written beside them must agree."""
+    """Infer the sizes from the weights; those in config.json must agree."""
     embeddings = checkpoint_names.name_in(format, "embeddings.weight")
     if embeddings not in found or found[embeddings].dim() != 2:
         raise CheckpointError(f"{path}: expected {embeddings} of shape [V, D] among its tensors")
@@ -159,10 +159,10 @@ def _config(path: Path, format: str, found: Mapping[str, Tensor], written: Mappi
             raise CheckpointError(f"{path}: config.json says {name} = {written[name]!r}, the weights say {sizes[size]}")
     try:
         rescale_every = written.get("rescale_every", default_rescale)
-        if isinstance(rescale_every, int) and rescale_every < 0:  # never, as Hugging Face reads it
+        if isinstance(rescale_every, int) and rescale_every < 0:  # Hugging Face never rescales then
             rescale_every = 0
         eps = written.get(eps_name, _DEFAULT_EPS)
-        eps = float(eps) if isinstance(eps, int) else eps  # of any length in JSON
+        eps = float(eps) if isinstance(eps, int) else eps  # an int of JSON may be too large for a float
         return RWKV4Config(**sizes, layer_norm_eps=eps, rescale_every=rescale_every)
     except (OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: config.json: {error}") from None
@@ -195,7 +195,7 @@ def _hf_config(config: RWKV4Config) -> dict[str, Any]:
 
 
 def _checked(path: Path, format: str, config: RWKV4Config, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by the names of the model, if they are those of a model of these sizes."""
+    """Return the tensors by the names of the model; raise CheckpointError if they do not fit these sizes."""
     shapes = checkpoint_names.shapes(config)
     wanted = {checkpoint_names.name_in(format, name): name for name in shapes}
     wrong = []
@@ -223,14 +223,14 @@ def _checked(path: Path, format: str, config: RWKV4Config, found: Mapping[str, T
 
 
 def _dtype_in_model(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a parameter in a model of a dtype."""
+    """Return the dtype of a parameter in a model of the dtype ``wanted``, of the file if that is None."""
     if wanted is None:
         return stored
     return torch.promote_types(wanted, torch.float32) if name.endswith(_WIDE) else wanted
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Return the values on the CPU in memory of exactly their size: ``torch.save`` writes all that is behind a view."""
+    """Return the values on the CPU in memory of exactly their size: ``torch.save`` writes all the memory of a view."""
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -1,16 +1,14 @@
-"""What the tensors of an RWKV-4 checkpoint are called in each format, and what those of other models are called.
+"""The names of the tensors of an RWKV-4 checkpoint in each format, and names that only other models have.
 
-====================================  ========================================  =================================
-fastwkv                               Hugging Face                              BlinkDL
-====================================  ========================================  =================================
-embeddings.weight                     rwkv.embeddings.weight                    emb.weight
-blocks.0.pre_ln.*                     rwkv.blocks.0.pre_ln.*                    blocks.0.ln0.*
-blocks.N.ln1.*, ln2.*                 rwkv.blocks.N.ln1.*, ln2.*                blocks.N.ln1.*, ln2.*
-blocks.N.attention.time_mix_key       rwkv.blocks.N.attention.time_mix_key      blocks.N.att.time_mix_k
-blocks.N.feed_forward.key.weight      rwkv.blocks.N.feed_forward.key.weight     blocks.N.ffn.key.weight
-ln_out.*                              rwkv.ln_out.*                             ln_out.*
-head.weight                           head.weight                               head.weight
-====================================  ========================================  =================================
+| fastwkv                            | Hugging Face                            | BlinkDL                   |
+|------------------------------------|-----------------------------------------|---------------------------|
+| `embeddings.weight`                | `rwkv.embeddings.weight`                | `emb.weight`              |
+| `blocks.0.pre_ln.*`                | `rwkv.blocks.0.pre_ln.*`                | `blocks.0.ln0.*`          |
+| `blocks.N.ln1.*, ln2.*`            | `rwkv.blocks.N.ln1.*, ln2.*`            | `blocks.N.ln1.*, ln2.*`   |
+| `blocks.N.attention.time_mix_key`  | `rwkv.blocks.N.attention.time_mix_key`  | `blocks.N.att.time_mix_k` |
+| `blocks.N.feed_forward.key.weight` | `rwkv.blocks.N.feed_forward.key.weight` | `blocks.N.ffn.key.weight` |
+| `ln_out.*`                         | `rwkv.ln_out.*`                         | `ln_out.*`                |
+| `head.weight`                      | `head.weight`                           | `head.weight`             |
 
 ``time_decay`` is the logarithm of the rate in all of them. ``time_mix_*`` is ``[D]`` here, ``[1, 1, D]`` in the others.
 """
@@ -32,7 +30,7 @@ _TO_BLINKDL = {
     "time_mix_receptance": "time_mix_r",
 }
 
-# A part of a name that only another version has, the newest first: what has several of them is the newest.
+# Parts of names that only other versions have, the newest first: a checkpoint with several of them is of the newest.
 _OTHER_VERSIONS = {
     "RWKV-7": {"r_k"},
     "RWKV-6": {"time_maa_x", "time_maa_w1", "x_bias"},
@@ -56,7 +54,7 @@ _EXTRAS = {
 
 
 def name_in(format: str, name: str) -> str:
-    """Return what a tensor of the model is called in a format."""
+    """Return the name of a tensor of the model in a format."""
     if format == "blinkdl":
         return ".".join(_TO_BLINKDL.get(part, part) for part in name.split("."))
     if format == "hf" and name != "head.weight":
@@ -65,12 +63,12 @@ def name_in(format: str, name: str) -> str:
 
 
 def shape_in(format: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a tensor of the model has in a format."""
+    """Return the shape of a tensor of the model in a format."""
     return (1, 1, *shape) if format != "fastwkv" and ".time_mix_" in name else shape
 
 
 def shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of a model of these sizes."""
+    """Return the name and the shape of every tensor of a model of these sizes."""
     V, D = config.vocab_size, config.width
     found: dict[str, tuple[int, ...]] = {"embeddings.weight": (V, D)}
     for layer in range(config.layers):
@@ -92,7 +90,7 @@ def shapes(config: RWKV4Config) -> dict[str, tuple[int, ...]]:
 
 
 def format_of(names: Iterable[str]) -> str | None:
-    """Return the format that these names are of, None where they are of no RWKV."""
+    """Return the format of these names, None if they are not of an RWKV model."""
     names = set(names)
     if any(name.startswith("rwkv.") for name in names):
         return "hf"

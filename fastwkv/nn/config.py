@@ -15,19 +15,20 @@ _PRESETS = {  # layers, width: table 2 of arXiv 2305.13048
 
 @dataclass(frozen=True)
 class RWKV4Config:
-    """How large an :class:`~fastwkv.nn.RWKV4` is.
+    """The sizes of a ``fastwkv.nn.RWKV4``.
 
     Args:
-        layers: number of blocks, L.
-        width: size of the residual stream, D. The channel mix has 4 D hidden units.
-        vocab_size: number of tokens, V; 50277 is that of the Pile models.
-        layer_norm_eps: added to the variance in the LayerNorms of the blocks; in the last one, ``ln_out``, it is 1e-5.
-        rescale_every: in inference (``model.eval()``) the residual stream is halved after every so many blocks, so that
-            it stays within float16; 0: never. All that it changes is the weight of ``layer_norm_eps``. Hugging Face's
-            checkpoints have 6.
+        layers: the number of blocks, L.
+        width: the size of the residual stream, D. The channel mix has 4 D hidden units.
+        vocab_size: the number of tokens, V; the Pile models have 50277.
+        layer_norm_eps: the number added to the variance in the LayerNorms of the blocks; it is 1e-5 in the last
+            LayerNorm, ``ln_out``.
+        rescale_every: the number of blocks after each of which the residual stream is halved in inference
+            (``model.eval()``), so that it stays within float16; 0 for never. Only the weight of ``layer_norm_eps``
+            changes by it. Hugging Face's checkpoints have 6.
 
     Raises:
-        TypeError: a size is no integer, or ``layer_norm_eps`` no number.
+        TypeError: a size is not an integer, or ``layer_norm_eps`` is not a number.
         ValueError: a size is below 1, ``rescale_every`` below 0, or ``layer_norm_eps`` not positive and finite.
 
     """
@@ -52,10 +53,14 @@ class RWKV4Config:
 
     @classmethod
     def preset(cls, name: str, *, vocab_size: int = 50277) -> "RWKV4Config":
-        """Return the sizes of a published model: "169m", "430m", "1.5b", "3b", "7b" or "14b", in capitals or not.
+        """Return the sizes of a published model.
+
+        Args:
+            name: "169m", "430m", "1.5b", "3b", "7b" or "14b", in capitals or not.
+            vocab_size: the number of tokens.
 
         Raises:
-            TypeError: the name is no string.
+            TypeError: the name is not a string.
             ValueError: there is no preset of this name.
 
         """
@@ -68,7 +73,7 @@ class RWKV4Config:
 
 
 def check_config(config: object) -> None:
-    """What a module is built with is an :class:`RWKV4Config`; the message says how to make one of what it is."""
+    """Check that the config of a module is an ``RWKV4Config``; the message of the error says how to make one."""
     if isinstance(config, RWKV4Config):
         return
     hint = ""

@@ -1,4 +1,4 @@
-"""A function on a GPU that is recorded once and launched as a whole: a CUDA graph.
+"""CUDA graphs: a function on a GPU is recorded once and launched as a whole.
 
 A model that generates a token starts hundreds of small kernels, and a host takes longer to start most of them than a
 GPU to run them. One launch of a graph starts them all.
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-_RECORDING = threading.Lock()  # the stream that is recorded is one for all
-_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator of host memory may go on asking them whose it is
+_RECORDING = threading.Lock()  # all recordings on a device share one stream
+_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator of host memory may still refer to them
 
 
 class RecordingError(RuntimeError):
@@ -27,7 +27,7 @@ class Graph:
 
     Args:
         device: the GPU.
-        generator: what the function draws random numbers from. Every run takes the next ones, as a call would.
+        generator: the random generator of the function. Every run takes its next numbers, as a call would.
 
     """
 
@@ -39,11 +39,12 @@ class Graph:
     def capture(self, body: Callable[[], None]) -> None:
         """Run ``body`` once, then record it, which runs nothing. Nothing waits for the device.
 
-        The run compiles and sets up what a recording must not, on the same stream, so that it needs no other workspace.
-        Neither is in inference mode: what PyTorch keeps for its generators, and for all graphs to come, is made here.
+        A recording must not compile or set up anything, so the run does it before, on the same stream, which then needs
+        no other workspace. Neither is in inference mode, since PyTorch makes tensors here that it keeps for its
+        generators and for all later graphs.
 
         Raises:
-            RecordingError: ``body`` has run, but it cannot be recorded, because it waits for the device, say.
+            RecordingError: ``body`` has run, but it cannot be recorded, for example because it waits for the device.
 
         """
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device), _RECORDING:
@@ -66,20 +67,20 @@ class Graph:
         self._graph = graph
 
     def _release_generators(self) -> None:
-        """Let generators be drawn from again that still wait for the end of a recording that has failed."""
+        """Make generators usable again that still wait for the end of a recording that has failed."""
         assert self._device.index is not None
         for generator in (self._generator, torch.cuda.default_generators[self._device.index]):
             generator.graphsafe_set_state(generator.clone_state())  # the same numbers, and free
 
     def replay(self) -> None:
-        """Run what was recorded, on the current stream."""
+        """Run the recorded function on the current stream."""
         assert self._graph is not None
         self._graph.replay()
 
 
 def _record(graph: torch.cuda.CUDAGraph, body: Callable[[], None], device: torch.device) -> None:
-    pool = torch.cuda.graph_pool_handle()  # its own as any other, but known when the graph does not tell it
-    with _no_garbage_collection():  # which might free what must not be freed meanwhile
+    pool = torch.cuda.graph_pool_handle()  # known here, since a graph that fails does not tell its pool
+    with _no_garbage_collection():  # it might free memory that must not be freed meanwhile
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on using the GPU
             try:
@@ -95,19 +96,19 @@ def _record(graph: torch.cuda.CUDAGraph, body: Callable[[], None], device: torch
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
-    """Take back what a recording has asked of PyTorch's allocator, wherever it has failed.
+    """Close the pool of a failed recording in PyTorch's allocator, wherever the recording has failed.
 
-    What ``capture_begin`` starts, ``capture_end`` ends step by step, and not at all if CUDA has given up the recording.
-    Left open, the pool makes every allocation ask whose it is, keeps what the recording has allocated for good, and
-    memory that two streams have used is not given back by any part of the program.
+    ``capture_end`` undoes ``capture_begin`` step by step, and does nothing if CUDA has given up the recording. A pool
+    left open slows every allocation, keeps the memory of the recording for good, and keeps the whole program from
+    giving back memory that two streams have used.
     """
-    old = "_cuda_endAllocateCurrentStreamToPool"  # as it is called in PyTorch 2.7
+    old = "_cuda_endAllocateCurrentStreamToPool"  # its name in PyTorch 2.7
     end = getattr(torch._C, old, None) or getattr(torch._C, "_cuda_endAllocateToPool", None)
     if end is not None:
         with contextlib.suppress(RuntimeError):  # it has ended, or never begun
             end(device.index, pool)
     try:
-        graph.pool()  # of a recording that was complete, and has its memory released by reset()
+        graph.pool()  # a complete recording has one, and reset() below releases its memory
     except RuntimeError:
         _FAILED.append(graph)
         with contextlib.suppress(RuntimeError):  # it has never begun
@@ -118,7 +119,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.d
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream to record on, which cannot be the default one: cuBLAS keeps a workspace for each there is."""
+    """Return the stream to record on, which cannot be the default one. One is kept: cuBLAS has a workspace for each."""
     return torch.cuda.Stream(device)
 
 
@@ -134,7 +135,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def why_no_graph(model: nn.Module, device: torch.device) -> str | None:
-    """Return why what ``model`` does on ``device`` had better not be recorded, None if nothing is known against it."""
+    """Return the reason for not recording ``model`` on ``device``, None if no reason is known."""
     if device.type != "cuda":
         return f"the model is on {device}, and only a GPU has CUDA graphs"
     if torch.compiler.is_compiling():

@@ -17,7 +17,6 @@ from fastwkv.nn.recurrence import (
     complex_dtype,
     compute_dtypes,
     least_decay,
-    rounded_by_autocast,
 )
 from fastwkv.ops.checks import check_bool
 from fastwkv.ops.derivatives import transformed
@@ -34,36 +33,37 @@ class LRU(nn.Module):
         h_t = λ ⊙ h_{t-1} + exp(γ_log) ⊙ (B u_t)
         y_t = Re(C h_t) + D ⊙ u_t
 
-    At the start, λ is uniform on the ring ``r_min <= |λ| <= r_max`` with a phase in ``[0, max_phase]``, and
-    ``exp(γ_log) = √(1 - |λ|²)``, which gives h the variance of B u. Whatever the parameters become, |λ| < 1: exp(ν_log)
-    counts as at least 4 units of rounding (5e-7 in float32).
+    At the start of training, λ is uniform on the ring ``r_min <= |λ| <= r_max`` with a phase in ``[0, max_phase]``, and
+    ``exp(γ_log) = √(1 - |λ|²)``, which gives h the variance of B u. For all values of the parameters |λ| < 1:
+    exp(ν_log) counts as at least 4 units of rounding (5e-7 in float32).
 
-    A whole text and its tokens one by one give the same, as does any split of it whose state is carried::
+    A whole sequence and its tokens one by one give the same, as does any split of it whose state is carried::
 
         y = lru(u)
         y, state = lru(u, state, return_state=True)
         y_t, state = lru.step(u_t, state)
 
     Gradients flow through a carried state; ``state.detach()`` cuts them. λ and the recurrence are complex64 in 16-bit
-    models and under autocast too; what has 16 bits there, as pairs of real and imaginary part, are B u and h in memory.
-    Built under ``torch.device("meta")`` it allocates nothing.
+    models and under autocast too; there, B u and h in memory are pairs of real and imaginary parts of 16 bits. Under
+    ``torch.device("meta")`` the layer is built without memory.
 
     Args:
         hidden: H, the channels of u and y.
         state: N, the channels of h.
-        r_min, r_max: the ring, ``0 <= r_min <= r_max <= 1``.
-        max_phase: the largest phase of λ, in radians. Long texts ask for a small one.
-        bidirectional: run a second recurrence from the last token to the first, with the same λ, γ and B. C, of shape
-            ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole text at once: it has no
-            state and no step.
+        r_min: the inner radius of the ring, at least 0.
+        r_max: the outer radius of the ring, at least ``r_min`` and at most 1.
+        max_phase: the largest phase of λ, in radians. Long sequences need a small one.
+        bidirectional: whether to run a second recurrence from the last token to the first, with the same λ, γ and B. C,
+            of shape ``[H, 2 N]``, then reads both, the forward one first. Such a layer sees the whole sequence at once:
+            it has no state and no step.
 
-    At the start B is N(0, 1/2H) in each part, C N(0, 1) over its number of columns, and D is N(0, 1).
+    At the start of training each part of B is N(0, 1/2H), each part of C is N(0, 1/columns), and D is N(0, 1).
 
-    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as where it solves Pathfinder.
+    Source: arXiv 2303.06349, sections 3.1 to 3.4 and appendix A; both directions as in its experiment on Pathfinder.
 
     """
 
-    # What the paper trains at a smaller rate and without weight decay; see param_groups.
+    # The paper trains these at a smaller rate and without weight decay; see param_groups.
     recurrent_parameters: ClassVar = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im")
 
     def __init__(
@@ -102,7 +102,7 @@ class LRU(nn.Module):
         u1, u2 = torch.rand(2, self.state, dtype=torch.float64, device=self.D.device)
         self.nu_log.copy_((-0.5 * (u1 * (self.r_max**2 - self.r_min**2) + self.r_min**2).log()).log())
         self.theta_log.copy_((self.max_phase * u2).log())
-        # Of the ν that was stored: 16 bits round it. Taking 1 - |λ|² as it is written would lose half of its digits.
+        # It is computed from the stored ν, which 16 bits round. 1 - |λ|² as written would lose half of its digits.
         self.gamma_log.copy_(0.5 * (-torch.expm1(-2 * self.nu_log.double().exp())).log())
         for matrix, scale in (
             (self.B_re, 2 * self.hidden),
@@ -141,118 +141,107 @@ class LRU(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts.
+        """Run over whole sequences.
 
         Args:
             u: ``[B, T, H]``, of any real floating dtype.
             state: h before the first token, complex64 ``[B, N]`` (complex128 where u or the parameters are float64);
                 zero if None.
-            return_state: return h after the last token too.
+            return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
+                ``fastwkv.linear_scan``; states are then ``[S, N]``.
 
         Returns:
             y ``[B, T, H]`` of the dtype of u; with ``return_state`` also the state.
 
         Raises:
             TypeError: an argument is of another type or dtype.
-            ValueError: a shape or offset does not fit, or a state is given to or asked of a bidirectional layer.
+            ValueError: a shape, device or offset does not fit, or a bidirectional layer is given or asked for a state.
 
         """
         check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_one_direction(state is not None or return_state)
-        check_carried(state, self.state, self._state_dtype(u), u, cu_seqlens)
-        # D u comes first, so that the backward pass, which keeps its gradient of u, comes to it last.
-        skip = self._skip(u) if torch.is_grad_enabled() else None
-        if skip is None or self.bidirectional or torch.compiler.is_compiling() or transformed():
-            h, final = self._scan(u, state, cu_seqlens)
-            y = self._read(h, self._skip(u) if skip is None else skip)
-        else:
-            dtype = rounded_by_autocast(u, skip.dtype)
-            into, out = self._into(u).to(dtype), self._out(dtype)
-            y, final = scan_between_products(u.to(dtype), into, self._multiplier(u), out, state, cu_seqlens)
-            y = y.to(skip.dtype).add_(skip)
-        y = y.to(u.dtype)
+        products, recurrence = compute_dtypes(u, self.D)
+        check_carried(state, self.state, complex_dtype(recurrence), u, cu_seqlens)
+        # With gradients D u comes first: so the backward pass comes to it last, and keeps its gradient of u briefly.
+        skip = self._skip(u, products) if torch.is_grad_enabled() else None
+        a, into, out = self._decay(recurrence), self._into(products, recurrence), self._out(products)
+        scanned = _scan_both_ways if self.bidirectional else scan_between_products
+        y, final = scanned(u, into, a, out, state, cu_seqlens)
+        y = _plus(y.to(products), self._skip(u, products) if skip is None else skip).to(u.dtype)
         return (y, final) if return_state else y
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token.
 
         Args:
-            u_t: ``[B, H]``.
-            state: as for :meth:`forward`.
+            u_t: the token, ``[B, H]``.
+            state: h before it, as for ``forward``.
 
         Returns:
             y_t ``[B, H]`` of the dtype of u_t, and the state after it.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`.
+            TypeError: as for ``forward``.
+            ValueError: as for ``forward``.
 
         """
         check_tokens("B H", self.hidden, u_t=u_t)
         self._check_one_direction(True)
-        check_carried(state, self.state, self._state_dtype(u_t), u_t)
+        products, recurrence = compute_dtypes(u_t, self.D)
+        state_dtype = complex_dtype(recurrence)
+        check_carried(state, self.state, state_dtype, u_t)
         if state is None:
-            state = torch.zeros(u_t.shape[0], self.state, dtype=self._state_dtype(u_t), device=u_t.device)
-        state = linear_scan_step(self._multiplier(u_t), self._project(u_t), state)
-        return self._read(torch.view_as_real(state), self._skip(u_t)).to(u_t.dtype), state
+            state = torch.zeros(u_t.shape[0], self.state, dtype=state_dtype, device=u_t.device)
+        x_t = F.linear(u_t.to(products), self._into(products, recurrence)).unflatten(-1, (-1, 2))
+        state = linear_scan_step(self._decay(recurrence), x_t, state)
+        y_t = F.linear(torch.view_as_real(state).flatten(-2).to(products), self._out(products)).to(products)
+        return _plus(y_t, self._skip(u_t, products)).to(u_t.dtype), state
 
     def extra_repr(self) -> str:
-        """Return the sizes, for print."""
+        """Return the sizes, which ``print`` shows."""
         return f"hidden={self.hidden}, state={self.state}, bidirectional={self.bidirectional}"
 
-    def _state_dtype(self, u: Tensor) -> torch.dtype:
-        return complex_dtype(compute_dtypes(u, self.D)[1])
-
-    def _multiplier(self, u: Tensor) -> Tensor:
+    def _decay(self, dtype: torch.dtype) -> Tensor:
         """Return λ. It is computed in float64, since its error counts as many times as h remembers steps."""
-        _, dtype = compute_dtypes(u, self.D)
         info = torch.finfo(dtype)
         # Beyond these bounds |λ| is 0 or a phase has no digits left, but gradients would be 0 times infinity.
         nu_log = self.nu_log.double().clamp(math.log(least_decay(dtype)), math.log(-math.log(info.tiny)))
         theta_log = self.theta_log.double().clamp(max=-math.log(info.eps))
         return torch.polar(torch.exp(-nu_log.exp()), theta_log.exp()).to(complex_dtype(dtype))
 
-    def _into(self, u: Tensor) -> Tensor:
-        """Return exp(γ_log) ⊙ B, real and imaginary part of a row in turns."""
-        _, dtype = compute_dtypes(u, self.D)
+    def _into(self, products: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """Return exp(γ_log) ⊙ B, computed in ``dtype``: the matrix whose product with u is pairs of parts."""
         weight = torch.stack((self.B_re, self.B_im), 1).to(dtype) * self.gamma_log.to(dtype).exp()[:, None, None]
-        return weight.flatten(0, 1)
+        return weight.flatten(0, 1).to(products)
 
-    def _out(self, dtype: torch.dtype) -> Tensor:
-        """Return C as what is multiplied with parts in turns to have Re(C h)."""
-        return torch.stack((self.C_re, -self.C_im), 2).flatten(1).to(dtype)
+    def _out(self, products: torch.dtype) -> Tensor:
+        """Return C as the matrix whose product with pairs of parts of h is Re(C h)."""
+        return torch.stack((self.C_re, -self.C_im), 2).flatten(1).to(products)
 
-    def _project(self, u: Tensor) -> Tensor:
-        """Return exp(γ_log) ⊙ (B u) as pairs of real and imaginary part, by one real product."""
-        products, _ = compute_dtypes(u, self.D)
-        x = F.linear(u.to(products), self._into(u).to(products))
-        return x.view(*u.shape[:-1], self.state, 2)
-
-    def _scan(self, u: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = self._multiplier(u)
-        if not self.bidirectional:  # nothing here holds B u, which is as large as h
-            return linear_scan(a, self._project(u), state, return_state=True, cu_seqlens=cu_seqlens)
-        x = self._project(u)
-        h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
-        return torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2), final
-
-    def _skip(self, u: Tensor) -> Tensor:
-        products, _ = compute_dtypes(u, self.D)
+    def _skip(self, u: Tensor, products: torch.dtype) -> Tensor:
         return self.D.to(products) * u.to(products)
-
-    def _read(self, h: Tensor, skip: Tensor) -> Tensor:
-        """Return Re(C h) + skip for an h of pairs, by one real product."""
-        # Under autocast h has 16 bits already: made wider it would be rounded again, and kept twice.
-        h = h.flatten(-2) if h.dtype.itemsize == 2 else h.flatten(-2).to(skip.dtype)
-        y = F.linear(h, self._out(skip.dtype)).to(skip.dtype)
-        # In vmap what is mapped cannot be added in place to what is not.
-        return y + skip if transformed() else y.add_(skip)
 
     def _check_one_direction(self, state_asked: bool) -> None:
         if self.bidirectional and state_asked:
-            raise ValueError("a bidirectional layer reads the text from both ends: it has no state and no step")
+            raise ValueError("a bidirectional layer reads a sequence from both ends: it has no state and no step")
+
+
+def _scan_both_ways(
+    u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Do as ``scan_between_products``, for an ``out`` that reads a scan from the last token to the first as well."""
+    assert initial is None
+    x = F.linear(u.to(into.dtype), into).unflatten(-1, (-1, 2))
+    h, final = linear_scan(a, x, return_state=True, cu_seqlens=cu_seqlens)
+    both = torch.cat((h, linear_scan(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2)
+    return F.linear(both.flatten(-2), out), final
+
+
+def _plus(y: Tensor, skip: Tensor) -> Tensor:
+    # In vmap a mapped tensor cannot be added in place to one that is not.
+    return y + skip if transformed() else y.add_(skip)

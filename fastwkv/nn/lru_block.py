@@ -23,17 +23,19 @@ class LRUBlock(nn.Module):
         y = x + drop(GLU(drop(gelu(LRU(norm(x))))))
 
     with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states, steps and dtypes are
-    those of :class:`LRU`: where x and the parameters differ, all is computed in the wider dtype of both. With
-    ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all texts while training, so that
-    only in ``eval()`` a token depends on nothing but the tokens before it.
+    those of ``LRU``: if the dtypes of x and of the parameters differ, the wider of both is that of the computation.
+    With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all sequences in training, so
+    that only in ``eval()`` a token depends on nothing but the tokens before it.
 
     Args:
         hidden: H, the channels of x and y.
         state: N, the channels of the state.
-        r_min, r_max, max_phase: as for :class:`LRU`.
+        r_min: as for ``LRU``.
+        r_max: as for ``LRU``.
+        max_phase: as for ``LRU``.
         dropout: the probability of both dropouts.
         norm: "batch", as in the paper, or "layer".
-        bidirectional: as for :class:`LRU`.
+        bidirectional: as for ``LRU``.
 
     Source: arXiv 2303.06349, figure 1 and its appendix on the experiments.
 
@@ -92,20 +94,20 @@ class LRUBlock(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts; arguments, results and errors are those of :meth:`LRU.forward`."""
+        """Run over whole sequences; arguments, results and errors are those of ``LRU.forward``."""
         check_bool(return_state=return_state)
         check_tokens("B T H", self.lru.hidden, x=x)
-        u = in_wider_dtype(self.norm, x.flatten(0, 1)).view(x.shape)  # channels last, where BatchNorm1d looks for them
+        u = in_wider_dtype(self.norm, x.flatten(0, 1)).view(x.shape)  # BatchNorm1d looks for channels there
         if not return_state:
             return self._residual(x, self.lru(u, state, cu_seqlens=cu_seqlens))
         y, final = self.lru(u, state, return_state=True, cu_seqlens=cu_seqlens)
         return self._residual(x, y), final
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take one token; arguments, results and errors are those of :meth:`LRU.step`."""
+        """Take one token; arguments, results and errors are those of ``LRU.step``."""
         check_tokens("B H", self.lru.hidden, x_t=x_t)
         y, state = self.lru.step(in_wider_dtype(self.norm, x_t), state)
         return self._residual(x_t, y), state

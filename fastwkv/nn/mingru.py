@@ -1,4 +1,4 @@
-"""minGRU, a gated recurrent unit whose gates do not look at its state.
+"""minGRU, a gated recurrent unit whose gates do not depend on its state.
 
 Source: "Were RNNs All We Needed?", arXiv 2410.01201.
 """
@@ -26,14 +26,14 @@ class MinGRU(nn.Module):
     everything keeps its digits. With ``positive``, h̃_t = g(W_h x_t), where ``g(v) = v + 1/2`` for v >= 0 and σ(v)
     below, as in the paper's log-space form: then h is an average of positive numbers.
 
-    Calls, states and steps are those of :class:`LRU`; the state is h itself, and zero at the start. Gates and the
-    recurrence are float32 in 16-bit models and under autocast too, the two products with W rounded to 16 bits before.
-    The initial weights are those of :class:`torch.nn.Linear`.
+    Calls, states and steps are those of ``LRU``; the state is h itself, and zero at the start. Gates and the recurrence
+    are float32 in 16-bit models and under autocast too; the two products with W are rounded to 16 bits before. The
+    initial weights are those of ``torch.nn.Linear``.
 
     Args:
         hidden: H, the channels of x.
         state: N, the channels of h; H if None.
-        positive: put g around W_h x.
+        positive: whether to put g around W_h x.
 
     Source: arXiv 2410.01201, section 3.1; g from its appendix on the log-space form.
 
@@ -81,22 +81,22 @@ class MinGRU(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts.
+        """Run over whole sequences.
 
         Args:
             x: ``[B, T, H]``, of any real floating dtype.
             state: h before the first token, float32 ``[B, N]`` (float64 where x or the parameters are float64); zero
                 if None.
-            return_state: return h after the last token too.
+            return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
+                ``fastwkv.linear_scan``; states are then ``[S, N]``.
 
         Returns:
             h ``[B, T, N]`` of the dtype of x; with ``return_state`` also the state.
 
         Raises:
             TypeError: an argument is of another type or dtype.
-            ValueError: a shape or offset does not fit.
+            ValueError: a shape, device or offset does not fit.
 
         """
         check_bool(return_state=return_state)
@@ -108,20 +108,21 @@ class MinGRU(nn.Module):
         return (h, final) if return_state else h
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take one token.
 
         Args:
-            x_t: ``[B, H]``.
-            state: as for :meth:`forward`.
+            x_t: the token, ``[B, H]``.
+            state: h before it, as for ``forward``.
 
         Returns:
             h_t ``[B, N]`` of the dtype of x_t, and the state after it.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`.
+            TypeError: as for ``forward``.
+            ValueError: as for ``forward``.
 
         """
         check_tokens("B H", self.hidden, x_t=x_t)
@@ -131,7 +132,7 @@ class MinGRU(nn.Module):
         return state.to(x_t.dtype), state
 
     def extra_repr(self) -> str:
-        """Return the option that its parts do not show, for print."""
+        """Return the option that the parts do not show, for ``print``."""
         return f"positive={self.positive}"
 
     def _gated(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How the parameters of a model are trained: the rate of each, and whether it has weight decay."""
+"""Parameter groups for an optimiser: a learning rate for each parameter, and weight decay or none."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,42 +12,39 @@ from torch.nn.utils import parametrize
 def param_groups(
     model: nn.Module, lr: float | Tensor, factor: float = 0.25, weight_decay: float = 0.05
 ) -> list[dict[str, Any]]:
-    """Divide the parameters of a model for AdamW by what each is, wherever it is in the model.
+    """Divide the parameters of a model into groups for AdamW by the role of each, wherever it is in the model.
 
-    =========================================================  ===============  ================
-    parameters                                                 rate             weight decay
-    =========================================================  ===============  ================
-    ν, θ, γ, B of :class:`LRU`; Δ, A, B of :class:`S4D`        ``lr * factor``  none
-    time_decay of :class:`RWKV4`                               ``lr * 2``       none
-    time_first of :class:`RWKV4`                               ``lr * 3``       none
-    others of fewer than two dimensions: biases, those of
-    norms, D, Λ of :class:`RGLRU`, mixes of :class:`RWKV4`     ``lr``           none
-    all others                                                 ``lr``           ``weight_decay``
-    =========================================================  ===============  ================
+    | parameters                                                          | learning rate   | weight decay     |
+    |---------------------------------------------------------------------|-----------------|------------------|
+    | ν, θ, γ, B of ``LRU``; Δ, A, B of ``S4D``                           | ``lr * factor`` | none             |
+    | time_decay of ``RWKV4``                                             | ``lr * 2``      | none             |
+    | time_first of ``RWKV4``                                             | ``lr * 3``      | none             |
+    | others of fewer than two dimensions (biases, norms, D, Λ, mixes)    | ``lr``          | none             |
+    | all others                                                          | ``lr``          | ``weight_decay`` |
 
-    Use it as ``torch.optim.AdamW(param_groups(model, 1e-3))``. RWKV-4 was trained with ``weight_decay=0``. A schedule
-    that sets rates, where those of PyTorch multiply them, sets each to ``group["lr_scale"]`` times that of ``lr``.
+    Use it as ``torch.optim.AdamW(param_groups(model, 1e-3))``. RWKV-4 was trained with ``weight_decay=0``. PyTorch's
+    schedules multiply rates; a schedule that sets them sets each to ``group["lr_scale"]`` times the one for ``lr``.
 
     Args:
-        model: any module: a layer, a model that holds layers, a compiled or wrapped one. A module that is not of this
-            package names its slow parameters, of any shape, in a tuple ``recurrent_parameters``, and multiples of the
-            rate in a dictionary ``lr_scales``; neither gets weight decay.
+        model: any module: a layer, a model that holds layers, a compiled or wrapped one. A module of another package
+            may name its slow parameters, of any shape, in a tuple ``recurrent_parameters``, and multiples of the
+            learning rate in a dictionary ``lr_scales``; neither gets weight decay.
         lr: the learning rate.
-        factor: of the rate of the recurrent parameters to ``lr``.
-        weight_decay: of the parameters that have it.
+        factor: the ratio of the learning rate of the recurrent parameters to ``lr``.
+        weight_decay: the weight decay of the parameters that have any.
 
     Returns:
-        the groups, those of recurrences first and the one with weight decay last; none is empty, and no two have the
+        The groups, those of recurrences first and the one with weight decay last; none is empty, and no two have the
         same rate and decay. Each parameter is in one of them, once however often it is used, and as part of a
         recurrence if it is one anywhere; a frozen one (``requires_grad=False``) is in none. A group holds "params",
         "lr", "weight_decay" and "lr_scale", the multiple of ``lr``.
 
     Raises:
-        TypeError: ``model`` is no module, or a rate no number (``lr`` may be a tensor of one).
+        TypeError: ``model`` is not a module, or a rate not a number (``lr`` may be a tensor of one number).
         ValueError: a rate is negative or not finite.
 
-    Source: for LRU and S4D arXiv 2303.06349, its appendix on the experiments, which exempts no more than the recurrence
-    from weight decay; for RWKV-4 the code that trained the published models.
+    Source: for LRU and S4D arXiv 2303.06349, its appendix on the experiments, which exempts the recurrence alone from
+    weight decay; for RWKV-4 the code that trained the published models.
 
     """
     if not isinstance(model, nn.Module):
@@ -80,7 +77,7 @@ def _checked(name: str, rate: Any) -> float:
 
 
 def _checked_lr(lr: Any) -> Any:
-    """Return a rate, which for optimisers that are captured or compiled is a tensor, and stays one."""
+    """Return the learning rate. A tensor stays one, which optimisers need that are captured or compiled."""
     if isinstance(lr, Tensor) and lr.dim() == 0 and lr.is_floating_point():
         _checked("lr", lr.item())
         return lr
@@ -88,9 +85,9 @@ def _checked_lr(lr: Any) -> Any:
 
 
 def _scales(module: nn.Module, factor: float) -> dict[str, float]:
-    """Return what a module says of its own parameters: the multiple of the rate of each that is of a recurrence."""
+    """Return the parameters that a module names as special, each with its multiple of the learning rate."""
     slow, scales = getattr(module, "recurrent_parameters", ()), getattr(module, "lr_scales", {})
-    # A module of somebody else's may use these names for something else.
+    # A module of another package may use these names for something else.
     found = dict.fromkeys(slow, factor) if isinstance(slow, (tuple, list, set, frozenset)) else {}
     if isinstance(scales, Mapping):
         found |= {name: _checked(f"lr_scales[{name!r}]", scale) for name, scale in scales.items()}
@@ -98,10 +95,10 @@ def _scales(module: nn.Module, factor: float) -> dict[str, float]:
 
 
 def _parameters(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """Return the parameter of this name, or what it is computed from."""
+    """Return the parameter of this name, or those that a parametrisation computes it from."""
     parameter = module._parameters.get(name)
     if parameter is not None:
         yield parameter
     elif parametrize.is_parametrized(module, name):
-        # The checker knows no attribute that PyTorch adds to the module.
+        # The type checker does not know the attribute that PyTorch adds to the module.
         yield from module.parametrizations[name].parameters()  # type: ignore[index, union-attr]

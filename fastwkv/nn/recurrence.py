@@ -1,4 +1,4 @@
-"""What the layers over :func:`fastwkv.linear_scan` share: checks, dtypes and what keeps them stable."""
+"""The checks, dtypes and bounds that the layers over ``fastwkv.linear_scan`` share."""
 
 from itertools import chain
 
@@ -10,7 +10,7 @@ from fastwkv.ops import checks
 
 
 def check_sizes(**sizes: int) -> None:
-    """Each size of a layer is an int, at least 1."""
+    """Check that each size of a layer is an int, at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
@@ -19,7 +19,7 @@ def check_sizes(**sizes: int) -> None:
 
 
 def check_tokens(dims: str, width: int, **tokens: Tensor) -> None:
-    """The input of a layer is real, with the axes ``dims``, of which the last has ``width`` channels."""
+    """Check that the input of a layer is real and has the axes ``dims``, the last one of ``width`` channels."""
     for name, tensor in tokens.items():
         checks.check_floating(**{name: tensor})
         checks.check_rank(dims, **{name: tensor})
@@ -29,29 +29,31 @@ def check_tokens(dims: str, width: int, **tokens: Tensor) -> None:
 def check_carried(
     state: Tensor | None, width: int, dtype: torch.dtype, tokens: Tensor, cu_seqlens: Tensor | None = None
 ) -> None:
-    """The state that a layer starts from has one row of ``width`` channels for each sequence among ``tokens``."""
+    """Check that the initial state of a layer has a row of ``width`` channels for each sequence of ``tokens``."""
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, *tokens.shape[:2])
+        checks.check_device(**{"the input": tokens, "cu_seqlens": cu_seqlens})
     if state is not None:
         checks.check_floating_or_complex(state=state)
         dims, rows = ("B", tokens.shape[0]) if cu_seqlens is None else ("sequences", cu_seqlens.numel() - 1)
         checks.check_shape(f"{dims} N", (rows, width), state=state)
         checks.check_dtype(dtype, "(states do not round to 16 bits)", state=state)
+        checks.check_device(**{"the input": tokens, "state": state})
 
 
 def compute_dtypes(tokens: Tensor, parameter: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of a layer's products with matrices, and of its recurrence: there, 16 bits become float32."""
+    """Return the dtypes of a layer's matrix products and of its recurrence, which is at least float32."""
     products = torch.promote_types(tokens.dtype, parameter.dtype)
     return products, torch.promote_types(products, torch.float32)
 
 
 def in_wider_dtype(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a module of PyTorch's, which takes the dtype of its parameters only, in the wider dtype of both.
+    """Return ``module(x)``, computed in the wider dtype of x and of the parameters; PyTorch's modules refuse two.
 
-    Its hooks run, and running statistics are rounded to the dtype that they are kept in.
+    The hooks of the module run, and its running statistics are rounded to the dtype that they are kept in.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dtype == x.dtype:  # the former is of what somebody put in its place
+    if not isinstance(weight, Tensor) or weight.dtype == x.dtype:  # a user's own module may have no weight
         return module(x)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x = x.to(dtype)
@@ -68,23 +70,15 @@ def in_wider_dtype(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def complex_dtype(real: torch.dtype) -> torch.dtype:
-    """Return complex64 for float32, complex128 for float64."""
+    """Return the complex dtype of this real one: complex64 for float32, complex128 for float64."""
     return torch.complex128 if real == torch.float64 else torch.complex64
 
 
 def least_decay(dtype: torch.dtype) -> float:
-    """Return the least d for which a multiplier ``exp(-d + iθ)`` is below 1 in modulus whatever is rounded.
+    """Return the least d for which a decay ``exp(-d + iθ)`` is below 1 in modulus, whatever the rounding errors.
 
-    Two of the four units are for the roundings of exp(-d), cos θ, sin θ and their products, should no wider dtype
-    compute them. The other two exceed what one complex product can add to |h|, √5/2 units, so that a state without
-    input never grows. In float32 it still outlasts a million steps.
+    Two of the four units of rounding are for the errors of exp(-d), cos θ, sin θ and their products, in case no wider
+    dtype computes them. The other two exceed √5/2 units, the most that one complex product can add to |h|, so that a
+    state without input never grows. In float32 such a state still outlasts a million steps.
     """
     return 4 * torch.finfo(dtype).eps
-
-
-def rounded_by_autocast(u: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that products of this one have on the device of u, where autocast may be on."""
-    device = u.device.type
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)

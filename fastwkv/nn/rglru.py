@@ -14,7 +14,7 @@ from fastwkv.nn.recurrence import check_carried, check_sizes, check_tokens, comp
 from fastwkv.ops import checks
 from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 
-C = 8.0  # how far the recurrence gate reaches: between a^0 and a^C
+EXPONENT = 8.0  # c in the paper: the recurrence gate reaches from a^0 to a^c
 
 
 class RGLRU(nn.Module):
@@ -26,21 +26,23 @@ class RGLRU(nn.Module):
         log a_t = -8 softplus(Λ) ⊙ r_t
         h_t = a_t ⊙ h_{t-1} + √(1 - a_t²) ⊙ (i_t ⊙ x_t)
 
-    and h is the output. At the first token of a segment, where there is no h_{t-1}, the factor √(1 - a_t²) is 1 as in
-    RecurrentGemma: nothing is there for x to be averaged with. A segment starts where a sequence does, unless it
-    carries a state on, and where ``segment_starts`` says so.
+    and h is the output. At the first token of a segment, which has no h_{t-1}, the factor √(1 - a_t²) is 1 as in
+    RecurrentGemma: there is no past to average x with. A segment starts at the start of every sequence that carries no
+    state on, and at the tokens that ``segment_starts`` marks.
 
-    (The paper calls a = σ(Λ), but its appendix A and the published weights have log a = -softplus(Λ), which is σ(-Λ).)
+    (The paper writes a = σ(Λ), but its appendix A and the published weights have log a = -softplus(Λ), so a = σ(-Λ).)
 
-    Calls, states and steps are those of :class:`LRU`; the state is h itself. Gates, log a and the recurrence are
-    float32 in 16-bit models and under autocast too, the two products with W rounded to 16 bits before.
+    Calls, states and steps are those of ``LRU``; the state is h itself. Gates, log a and the recurrence are float32 in
+    16-bit models and under autocast too; the two products with W are rounded to 16 bits before.
 
-    At the start, a_t for r_t = 1, which is a^8, is uniform on ``[a_min, a_max]``, W is N(0, heads/H) and b is 0.
+    At the start of training, a_t for r_t = 1, which is a^8, is uniform on ``[a_min, a_max]``, W is N(0, heads/H) and b
+    is 0.
 
     Args:
         hidden: H, the channels of x and h.
-        heads: of how many blocks on the diagonal W_a and W_x consist; it divides H.
-        a_min, a_max: the range of a^8 at the start, ``0 < a_min <= a_max < 1``.
+        heads: the number of blocks on the diagonals of W_a and W_x; it divides H.
+        a_min: the least a^8 at the start, above 0.
+        a_max: the largest a^8 at the start, at least ``a_min`` and below 1.
 
     Source: arXiv 2402.19427, section 2.4, equations 1 to 4, and appendix A.
 
@@ -67,7 +69,7 @@ class RGLRU(nn.Module):
         """Set every parameter to its value at the start of training, computed in float64."""
         u = torch.rand(self.hidden, dtype=torch.float64, device=self.Lambda.device)
         a = self.a_min + (self.a_max - self.a_min) * u
-        self.Lambda.copy_(torch.expm1(-a.log() / C).log())
+        self.Lambda.copy_(torch.expm1(-a.log() / EXPONENT).log())
         for weight, bias in ((self.W_a, self.b_a), (self.W_x, self.b_x)):
             weight.copy_(torch.randn_like(weight, dtype=torch.float64) / math.sqrt(weight.shape[1]))
             bias.zero_()
@@ -114,24 +116,24 @@ class RGLRU(nn.Module):
         cu_seqlens: Tensor | None = None,
         segment_starts: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts.
+        """Run over whole sequences.
 
         Args:
             x: ``[B, T, H]``, of any real floating dtype.
             state: h before the first token, float32 ``[B, H]`` (float64 where x or the parameters are float64); if
                 None, every sequence starts a segment.
-            return_state: return h after the last token too.
+            return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                :func:`fastwkv.linear_scan`; states are then ``[S, H]``.
-            segment_starts: bool ``[B, T]``, True at further tokens that start a segment: what was before is
-                forgotten, if it was finite.
+                ``fastwkv.linear_scan``; states are then ``[S, H]``.
+            segment_starts: bool ``[B, T]``, True at further tokens that start a segment: a finite state before them
+                is forgotten.
 
         Returns:
             h ``[B, T, H]`` of the dtype of x; with ``return_state`` also the state.
 
         Raises:
             TypeError: an argument is of another type or dtype.
-            ValueError: a shape or offset does not fit.
+            ValueError: a shape, device or offset does not fit.
 
         """
         checks.check_bool(return_state=return_state)
@@ -149,7 +151,7 @@ class RGLRU(nn.Module):
         return (h, final) if return_state else h
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(
         self, x_t: Tensor, state: Tensor | None = None, *, segment_starts: Tensor | None = None
@@ -157,15 +159,16 @@ class RGLRU(nn.Module):
         """Take one token.
 
         Args:
-            x_t: ``[B, H]``.
-            state: as for :meth:`forward`.
-            segment_starts: bool ``[B]``, as for :meth:`forward`.
+            x_t: the token, ``[B, H]``.
+            state: h before it, as for ``forward``.
+            segment_starts: bool ``[B]``, as for ``forward``.
 
         Returns:
             h_t ``[B, H]`` of the dtype of x_t, and the state after it.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`.
+            TypeError: as for ``forward``.
+            ValueError: as for ``forward``.
 
         """
         check_tokens("B H", self.hidden, x_t=x_t)
@@ -178,18 +181,18 @@ class RGLRU(nn.Module):
         return state.to(x_t.dtype), state
 
     def extra_repr(self) -> str:
-        """Return the sizes, for print."""
+        """Return the sizes, which ``print`` shows."""
         return f"hidden={self.hidden}, heads={self.heads}"
 
     def _gated(self, x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return log a and what is added to a h, both without rounding to 16 bits."""
+        """Return log a and the input of the recurrence, both without rounding to 16 bits."""
         products, dtype = compute_dtypes(x, self.Lambda)
         blocks, wide = x.to(products).unflatten(-1, (self.heads, -1)), x.to(dtype)
         r, i = (
             torch.sigmoid(torch.einsum("...hi,hij->...hj", blocks, weight.to(products)).flatten(-2).to(dtype) + bias)
             for weight, bias in ((self.W_a, self.b_a), (self.W_x, self.b_x))
         )
-        log_a = C * F.logsigmoid(-self.Lambda.to(dtype)) * r  # softplus itself is cut off above 20
+        log_a = EXPONENT * F.logsigmoid(-self.Lambda.to(dtype)) * r  # softplus itself is cut off above 20
         # Where r is 0, so is 1 - a², and the gradient of its root would be infinity times 0.
         scale = (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(dtype).tiny).sqrt()
         if starts is not None:

@@ -17,33 +17,33 @@ from fastwkv.nn.checkpoint import open_checkpoint, save
 from fastwkv.nn.config import RWKV4Config, check_config
 from fastwkv.nn.rwkv4_layers import RWKV4Block, orthogonal_
 from fastwkv.nn.state import RWKV4State, check_state, empty_wkv_state
-from fastwkv.ops.checks import FLOATING, check_cu_seqlens, check_device
+from fastwkv.ops.checks import FLOATING, check_cu_seqlens, check_dense, check_device
 
-_LN_OUT_EPS = 1e-5  # whatever that of the blocks is, as in Hugging Face's model: their checkpoints mean the same here
+_LN_OUT_EPS = 1e-5  # Hugging Face's model has it too, for any eps of the blocks, and its checkpoints mean the same here
 
 
 class RWKV4(nn.Module):
     """The RWKV-4 language model: embedding, L blocks, LayerNorm, head.
 
-    It costs O(T D²) time for a text of T tokens and O(D) memory for its state. A text of more than one token is read
-    in parallel, a single token takes a recurrent step; the numbers are the same, and so are they for any split of a
-    text whose state is carried::
+    It costs O(T D²) time for a sequence of T tokens and O(D) memory for its state. A sequence of more than one token is
+    read in parallel, a single token takes a recurrent step. The numbers are the same, as they are for any split of a
+    sequence whose state is carried::
 
-        logits, state = model(text)
+        logits, state = model(tokens)
         logits, state = model(next_token, state)
 
     Gradients also flow through a carried state; ``state.detach()`` cuts them: truncated back-propagation. With
-    ``model.gradient_checkpointing = True`` the backward pass computes every block again instead of remembering what is
-    inside it: the same gradients and less memory, for the time of another forward pass. Between the two the model must
-    stay in training or in inference mode, if ``config.rescale_every`` tells them apart. Built under
-    ``torch.device("meta")`` the model allocates nothing; follow ``model.to_empty(device=...)`` by
-    :meth:`reset_parameters` or by loading weights.
+    ``model.gradient_checkpointing = True`` the backward pass computes every block again instead of keeping its
+    intermediate tensors: the same gradients and less memory, for the time of another forward pass. If
+    ``config.rescale_every`` is not 0, the model must not change between training and inference mode from the forward to
+    the backward pass. Under ``torch.device("meta")`` the model is built without memory; follow
+    ``model.to_empty(device=...)`` by ``reset_parameters`` or by loading weights.
 
     Args:
         config: the sizes, for example ``RWKV4Config.preset("169m")``.
 
     Raises:
-        TypeError: ``config`` is something else.
+        TypeError: ``config`` is not an ``RWKV4Config``.
 
     """
 
@@ -80,29 +80,29 @@ class RWKV4(nn.Module):
         device: torch.device | str = "cpu",
         checksums: bool = True,
     ) -> "RWKV4":
-        """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
+        """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of ``save_pretrained``.
 
-        The model is in inference mode, ``model.eval()``, as those of transformers are.
+        The model is in inference mode, ``model.eval()``, as the models of transformers are.
 
         Nothing in a file is run (safetensors, or ``torch.load(weights_only=True)``), and everything is checked before
-        anything is loaded. Files are mapped, and the model is built without memory: it is there once. Only archives
-        that were compressed, and files of PyTorch before 1.6, are read into memory first.
+        anything is loaded. Files are mapped, and the model is built without memory, so that memory holds the weights
+        once. Only compressed archives, and files of PyTorch before 1.6, are read into memory first.
 
         Args:
             path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
                 in shards with an index.
-            dtype: of the parameters, also by its name, as "bfloat16"; as stored if None. time_decay and time_first stay
-                float32 in a 16-bit model; the others must have one dtype, or be given one.
-            device: where to.
-            checksums: whether to compare files of ``torch.save`` with the checksums in them. That is one more reading
-                of the whole file, from memory the second time: False is for files that are larger than memory. Other
-                files have none: in safetensors and files of PyTorch before 1.6 a changed bit is not seen.
+            dtype: the dtype of the parameters, or its name, as "bfloat16"; if None, they keep the dtype of the file,
+                which must be one for all but time_decay and time_first. These two stay float32 in a 16-bit model.
+            device: the device of the parameters.
+            checksums: whether to compare files of ``torch.save`` with the checksums in them. The whole file is then
+                read twice, the second time from memory: False is for files that are larger than memory. Other files
+                have no checksums: a changed bit in safetensors and files of PyTorch before 1.6 is not noticed.
 
         Raises:
             OSError: a file is missing or cannot be opened.
             CheckpointError: the checkpoint is damaged, of another version of RWKV, or has missing, unexpected or
                 misshapen tensors; the message names the first of them. It is a ValueError.
-            TypeError: ``dtype`` is not float32, float64, bfloat16 or float16, or ``checksums`` is no bool.
+            TypeError: ``dtype`` is not float32, float64, bfloat16 or float16, or ``checksums`` is not a bool.
 
         """
         if isinstance(dtype, str):
@@ -118,25 +118,25 @@ class RWKV4(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path, format: str = "fastwkv") -> None:
-        """Write the parameters, bit for bit, in one of three formats; :meth:`from_pretrained` reads each.
+        """Write the parameters, bit for bit, in one of three formats; ``from_pretrained`` reads each.
 
         Each file is replaced whole or not at all.
 
         Args:
-            path: a folder, made if it is not there; for "blinkdl" a file.
+            path: a folder, which is made if there is none; for "blinkdl" a file.
             format: "fastwkv" (safetensors and config.json), "hf" (the same, as ``RwkvForCausalLM`` of transformers
                 reads it) or "blinkdl" (a dictionary of ``torch.save``, without ``config.rescale_every``).
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: the format is another, or cannot say what the model is, or the model has other parameters than
+            ValueError: there is no such format, or it cannot express the model, or the model has other parameters than
                 it was built with.
 
         """
         save(self, self.config, path, format)
 
     def empty_state(self, batch: int) -> RWKV4State:
-        """Return the state before any text, for a batch of this size, on the device of the model."""
+        """Return the state before any token, for a batch of this size, on the device of the model."""
         shape = (self.config.layers, batch, self.config.width)
         x = torch.zeros(shape, dtype=self.embeddings.weight.dtype, device=self.embeddings.weight.device)
         return RWKV4State(x, x.clone(), empty_wkv_state(shape, x))
@@ -147,18 +147,19 @@ class RWKV4(nn.Module):
         """Predict the token after each of ``tokens``.
 
         Args:
-            tokens: int64 or int32 ``[B, T]``, each at least 0 and below V. On a CPU one that is not is an error; on a
-                GPU, and under ``torch.compile``, it is PyTorch's: looking at tokens would wait for the device.
-            state: what :meth:`forward` returned for the text before; empty if None.
-            cu_seqlens: int32 or int64 ``[N + 1]``, for N texts packed into a batch of one: text n holds the tokens
-                ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1`` and knows nothing of the others. Fields of the states
-                are ``[L, N, D]`` then.
+            tokens: int64 or int32 ``[B, T]``, each at least 0 and below V. Tokens out of range are an error on a CPU;
+                on a GPU, and under ``torch.compile``, they are left to PyTorch, since reading them would wait for the
+                device.
+            state: the state that ``forward`` returned for the tokens before; empty if None.
+            cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
+                tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1`` and is independent of the others. Fields of the
+                states are ``[L, N, D]`` then.
 
         Returns:
-            logits ``[B, T, V]`` in the dtype of the model, and the state after the last token of every text.
+            logits ``[B, T, V]`` in the dtype of the model, and the state after the last token of every sequence.
 
         Raises:
-            TypeError: an argument is of another type or dtype.
+            TypeError: an argument is of another type or dtype, or not a dense tensor.
             ValueError: a shape, device or offset does not fit, or a token is outside the vocabulary.
 
         """
@@ -166,12 +167,12 @@ class RWKV4(nn.Module):
         return self.head(x), state
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def features(
         self, tokens: Tensor, state: RWKV4State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RWKV4State]:
-        """:meth:`forward` without the head: ``[B, T, D]``, where few of the T logits are needed."""
+        """Return ``forward`` without the head, ``[B, T, D]``, and the state: few of the T logits may be needed."""
         self.check_inputs(tokens, state, cu_seqlens)
         if state is None:
             state = self.empty_state(tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
@@ -180,12 +181,12 @@ class RWKV4(nn.Module):
         return x[:, None] if one_token else x, state
 
     def step_(self, tokens: Tensor, state: RWKV4State) -> Tensor:
-        """Read one token of every text, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
+        """Read one token of every sequence, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
 
-        For loops that :meth:`features` is too slow for, and for CUDA graphs: the state stays where it is in memory.
-        Nothing is checked but tokens on a CPU, as in :meth:`forward`, and nothing can be differentiated. On a GPU a
-        block is half as many kernels as in :meth:`features`, if its modules are as they were built and have no hooks;
-        results may be rounded otherwise.
+        It is for loops in which ``features`` is too slow, and for CUDA graphs: the state keeps its place in memory.
+        Only tokens on a CPU are checked, as in ``forward``, and nothing can be differentiated. On a GPU a block starts
+        half as many kernels as in ``features``, if its modules are as they were built and have no hooks; rounding
+        errors may differ.
         """
         with torch.no_grad():
             if type(self) is RWKV4 and rwkv4_step.stands_for(self, tokens, state):
@@ -203,7 +204,7 @@ class RWKV4(nn.Module):
         return self.ln_out(x), RWKV4State.stack(states, out)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Look tokens up. On a CPU PyTorch compares each with V, so that it is not done here unless one is wrong."""
+        """Look tokens up. On a CPU PyTorch compares each with V; only after its error they are compared here."""
         if torch.compiler.is_compiling():
             return self.embeddings(tokens)
         try:
@@ -218,26 +219,25 @@ class RWKV4(nn.Module):
         return block(*inputs)
 
     def check_vocabulary(self, tokens: Tensor) -> None:
-        """Raise a ValueError that names the first of ``tokens`` that the model has not; on a GPU this waits for it."""
+        """Raise a ValueError that names the first token outside the vocabulary; on a GPU this waits for the device."""
         V = self.embeddings.weight.shape[0]
         outside = (tokens < 0) | (tokens >= V)
         if outside.any():
             raise ValueError(f"tokens must be at least 0 and below V = {V}, got {int(tokens[outside][0])}")
 
     def check_inputs(self, tokens: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None) -> None:
-        """Raise what :meth:`forward` raises, without running it, but for tokens outside the vocabulary."""
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
+        """Raise the errors of ``forward`` without running it, but for tokens outside the vocabulary."""
+        check_dense(tokens=tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must be [B, T] with B and T at least 1, got shape {list(tokens.shape)}")
         if tokens.device != self.embeddings.weight.device:
             raise ValueError(f"tokens are on {tokens.device}, but the model is on {self.embeddings.weight.device}")
-        texts = tokens.shape[0]
+        sequences = tokens.shape[0]
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *tokens.shape)
             check_device(tokens=tokens, cu_seqlens=cu_seqlens)
-            texts = cu_seqlens.shape[0] - 1
+            sequences = cu_seqlens.shape[0] - 1
         if state is not None:
-            check_state(state, self.config, texts, self.embeddings.weight)
+            check_state(state, self.config, sequences, self.embeddings.weight)

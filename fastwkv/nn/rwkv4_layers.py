@@ -3,9 +3,10 @@
 Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, section 3. Initialisation follows the
 code that trained the published models; where the paper's appendix differs from it (W_o, W_v), the code is right.
 
-Every layer takes either a text, ``[B, T, D]``, and works on all its tokens in parallel, or one token, ``[B, D]``, and
-takes a step. Both give the same numbers and carry the same state. Several texts can be packed one after the other into
-a batch of one, ``[1, T, D]`` with ``cu_seqlens`` as :func:`fastwkv.wkv` takes it; a state then has a row for each.
+Every layer takes either sequences, ``[B, T, D]``, and works on all their tokens in parallel, or one token of each,
+``[B, D]``, and takes a step. Both give the same numbers and carry the same state. Several sequences can be packed one
+after the other into a batch of one, ``[1, T, D]`` with ``cu_seqlens`` as in ``fastwkv.wkv``; a state then has a row for
+each.
 """
 
 import math
@@ -23,7 +24,7 @@ from fastwkv.reference.wkv import WKVState
 class RWKV4TimeMix(nn.Module):
     """The layer that mixes along time.
 
-    With x'_t the mean ``μ x_t + (1 - μ) x_{t-1}``, μ of its own for each of r, k and v::
+    With x'_t the mean ``μ x_t + (1 - μ) x_{t-1}``, where r, k and v have a μ each::
 
         r_t = W_r x'_t    k_t = W_k x'_t    v_t = W_v x'_t
         y_t = W_o (σ(r_t) ⊙ wkv_t),   where wkv = fastwkv.wkv(None, time_first, k, v, time_decay=time_decay)
@@ -31,12 +32,12 @@ class RWKV4TimeMix(nn.Module):
     The rate exp(time_decay) is computed in float32 (float64 in a float64 model).
 
     Args:
-        config: the sizes.
-        layer: which of the L layers this is; the initial values depend on it.
+        config: the sizes of the model.
+        layer: the index of this layer among the L layers, on which the initial values depend.
 
     """
 
-    # The multiples of the learning rate that the published models were trained at; see param_groups.
+    # The published models were trained at these multiples of the learning rate; see param_groups.
     lr_scales: ClassVar = {"time_decay": 2.0, "time_first": 3.0}
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
@@ -77,11 +78,11 @@ class RWKV4TimeMix(nn.Module):
 
         Args:
             x: ``[B, T, D]``, or ``[B, D]`` for one token, of the dtype of the layer.
-            state: the last x ``[B, D]`` and the WKV state, fields ``[B, D]``, of the text before; empty if None.
-            cu_seqlens: where the texts start that are packed into x ``[1, T, D]``; fields of states are ``[N, D]``.
+            state: the last x ``[B, D]`` and the WKV state, fields ``[B, D]``, after the tokens before; empty if None.
+            cu_seqlens: the offsets of the sequences packed into x ``[1, T, D]``; fields of states are ``[N, D]``.
 
         Returns:
-            y of the shape of x, and the state after the last token of every text.
+            y of the shape of x, and the state after the last token of every sequence.
 
         """
         if state is None:
@@ -100,21 +101,21 @@ class RWKV4TimeMix(nn.Module):
         return self.output(torch.sigmoid(r) * y), (_last(x, x_before, cu_seqlens), wkv_state)
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
 
 class RWKV4ChannelMix(nn.Module):
     """The layer that mixes channels, and only the last two tokens.
 
-    With x'_t the mean ``μ x_t + (1 - μ) x_{t-1}``, μ of its own for each of r and k::
+    With x'_t the mean ``μ x_t + (1 - μ) x_{t-1}``, where r and k have a μ each::
 
         r_t = W_r x'_t    k_t = W_k x'_t    y_t = σ(r_t) ⊙ W_v max(k_t, 0)²
 
     W_k maps D channels to 4 D, W_v maps them back.
 
     Args:
-        config: the sizes.
-        layer: which of the L layers this is; the initial values depend on it.
+        config: the sizes of the model.
+        layer: the index of this layer among the L layers, on which the initial values depend.
 
     """
 
@@ -149,11 +150,11 @@ class RWKV4ChannelMix(nn.Module):
 
         Args:
             x: ``[B, T, D]``, or ``[B, D]`` for one token, of the dtype of the layer.
-            state: ``[B, D]``, the last x of the text before; zeros if None.
-            cu_seqlens: where the texts start that are packed into x ``[1, T, D]``; states are ``[N, D]``.
+            state: ``[B, D]``, the last x of the tokens before; zeros if None.
+            cu_seqlens: the offsets of the sequences packed into x ``[1, T, D]``; states are ``[N, D]``.
 
         Returns:
-            y of the shape of x, and the state after the last token of every text.
+            y of the shape of x, and the state after the last token of every sequence.
 
         """
         x_before = _empty(x, cu_seqlens) if state is None else state
@@ -163,14 +164,19 @@ class RWKV4ChannelMix(nn.Module):
         return torch.sigmoid(r) * self.value(relu_squared(k)), _last(x, x_before, cu_seqlens)
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
 
 class RWKV4Block(nn.Module):
     """One layer of the model: ``x += TimeMix(LN(x)); x += ChannelMix(LN(x))``.
 
-    The block of layer 0 starts with one more LayerNorm, ``pre_ln``, which belongs to the embedding. In inference x is
-    what it was divided by a power of two, where ``config.rescale_every`` asks for it.
+    The block of layer 0 starts with one more LayerNorm, ``pre_ln``, which belongs to the embedding. With
+    ``config.rescale_every`` the residual stream x is kept divided by a power of two in inference.
+
+    Args:
+        config: the sizes of the model.
+        layer: the index of this layer among the L layers, on which the initial values depend.
+
     """
 
     def __init__(self, config: RWKV4Config, layer: int = 0) -> None:
@@ -197,9 +203,16 @@ class RWKV4Block(nn.Module):
     def forward(
         self, x: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RWKV4State]:
-        """Map x, ``[B, T, D]`` or ``[B, D]`` for one token; fields of the states are ``[B, D]``, empty if None.
+        """Add both layers to the residual stream.
 
-        With ``cu_seqlens`` x is ``[1, T, D]`` and holds N texts; fields of the states are ``[N, D]``.
+        Args:
+            x: ``[B, T, D]``, or ``[B, D]`` for one token.
+            state: the state after the tokens before, fields ``[B, D]``; empty if None.
+            cu_seqlens: the offsets of the sequences packed into x ``[1, T, D]``; fields of states are ``[N, D]``.
+
+        Returns:
+            x with both layers added, and the state after the last token of every sequence.
+
         """
         att_state, ffn_x = (None, None) if state is None else ((state.att_x, state.wkv), state.ffn_x)
         if self.pre_ln is not None:
@@ -214,11 +227,11 @@ class RWKV4Block(nn.Module):
         return x, RWKV4State(att_x, ffn_x, wkv_state)
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     @property
     def residual_scale(self) -> float:
-        """What the results of both layers are multiplied by before they are added to x."""
+        """The factor of the results of both layers where they are added to x."""
         return 1.0 if self.training else self._scale
 
     @property
@@ -228,7 +241,7 @@ class RWKV4Block(nn.Module):
 
 
 class _Depth:
-    """Where a layer stands: ``ratio`` runs from 0 in the first layer to 1 in the last, ``remaining`` from 1 to 1/L."""
+    """The depth of a layer: ``ratio`` runs from 0 in the first to 1 in the last, ``remaining`` from 1 to 1/L."""
 
     def __init__(self, layers: int, layer: int) -> None:
         if not isinstance(layer, int) or isinstance(layer, bool):
@@ -240,13 +253,13 @@ class _Depth:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """Return max(x, 0)², in one piece of new memory where nothing is differentiated: it is the largest of a layer."""
+    """Return max(x, 0)², the largest tensor of a layer: without gradients it takes new memory only once."""
     positive = torch.relu(x)
     return positive.square() if torch.is_grad_enabled() else positive.square_()
 
 
 def _empty(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the zeros that stand in front of every text."""
+    """Return the zeros that stand for the input before the first token of every sequence."""
     return x.new_zeros(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
 
 
@@ -258,13 +271,13 @@ def _shift(x: Tensor, x_before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return torch.cat((x_before[:, None], x[:, :-1]), 1)
     T = x.shape[1]
     begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:]
-    # What stands in front of a text without tokens goes beyond the last token, and from there nowhere.
+    # The input before an empty sequence is written behind the last token, which is cut off.
     first = torch.where(begin < end, begin, T).clamp(0, T)
     return torch.cat((x[:, :1], x), 1).index_copy(1, first, x_before[None])[:, :T]
 
 
 def _last(x: Tensor, x_before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the last input of every text; without tokens it is still that from before."""
+    """Return the last input of every sequence; an empty one keeps its last input from before."""
     if x.dim() == 2:
         return x
     if cu_seqlens is None:

@@ -1,29 +1,28 @@
-"""A token of RWKV-4 with as few kernels as it takes beside those of its matrix products: what generation runs.
+"""One token of RWKV-4, as generation runs it on a GPU: with as few kernels as possible beside the matrix products.
 
-A block of rwkv4_layers.py is about 25 operations a token, here it is 12: sums, means and gates are written together,
-residuals are added by the products, and states change where they are.
+A block of rwkv4_layers.py is about 25 operations a token, here it is 12: one kernel writes sums, means and gates
+together, the matrix products add the residuals, and states change in place.
 """
 
 from collections.abc import Iterable
 from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as hooks
 
+from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.rwkv4_layers import RWKV4Block, RWKV4ChannelMix, RWKV4TimeMix
 from fastwkv.nn.state import RWKV4State
 from fastwkv.ops.rwkv4_step import add_gated_, norm_mix_, relu_squared_, wkv_step_gated_
 from fastwkv.ops.time_decay import decay_rate
 
-if TYPE_CHECKING:
-    from fastwkv.nn.rwkv4 import RWKV4
-
-# Modules as they are built, level by level below the model: its ends, the blocks, their layers, and those of layers.
-_VECTORS: set[type] = {nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix}  # whose parameters are a number a channel
+# The types of modules as they are built, level by level below the model: its ends and the list of its blocks, the
+# blocks, their layers, and the layers of these.
+_VECTORS: set[type] = {nn.LayerNorm, RWKV4TimeMix, RWKV4ChannelMix}  # their own parameters are one number a channel
 _LEVELS: list[set[type]] = [
     {nn.Embedding, nn.ModuleList, nn.LayerNorm, nn.Linear},
     {RWKV4Block},
@@ -35,25 +34,34 @@ _VECTOR_NAMES = {
     ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance"),
     ("time_mix_key", "time_mix_receptance"),
 }
-_PLAIN: set[type] = {Tensor, nn.Parameter}  # others have products of their own
+_PLAIN: set[type] = {Tensor, nn.Parameter}  # subclasses have matrix products of their own
 _NONE = {type(None)}
 
-# What a module keeps, in the dictionary it keeps it in: asked for a child or a parameter, it takes ten times as long.
+# The dictionaries in which a module keeps its parts: access by attribute takes ten times as long.
 _children, _parameters = itemgetter("_modules"), itemgetter("_parameters")
 _hooks, _hooks_before = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 _shape = attrgetter("shape")
 
 
-def stands_for(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> bool:
-    """Whether :func:`run` does on a GPU what the blocks of ``model`` would do: whether they are as they were built.
+class Model(Protocol):
+    """The parts of an ``fastwkv.nn.RWKV4`` that a token passes through, and their sizes."""
 
-    Hooks would not be called, and what adapters, quantisation or parametrisations put in the place of a module or of a
-    parameter would not either. Autocast would be passed by. What the blocks refuse is left to them. On a CPU, where the
-    products take nearly all of the time, they are as good.
+    config: RWKV4Config
+    embeddings: nn.Embedding
+    blocks: nn.ModuleList
+    ln_out: nn.LayerNorm
 
-    It is asked before every token and remembers nothing. A module tells nobody when it is changed, so that what is to
-    be seen between two tokens must be looked for at each, and all of the above is. It is looked for in a whole level of
-    modules at a time: no line of Python runs for each.
+
+def stands_for(model: Model, tokens: Tensor, state: RWKV4State) -> bool:
+    """Return whether ``run`` may stand for the blocks of ``model``: on a GPU, and as they were built.
+
+    ``run`` calls no hooks, and no module or parameter that adapters, quantisation or parametrisations have put in the
+    place of another. It ignores autocast. Arguments that the blocks refuse are left to them. On a CPU, where matrix
+    products take nearly all of the time, the blocks are as fast.
+
+    It is called before every token and remembers nothing: a module announces no change, so that a change between two
+    tokens is found only by looking at each token. A whole level of modules is looked at together, without a line of
+    Python for each.
     """
     if not state.att_x.is_cuda or torch.is_autocast_enabled("cuda"):
         return False
@@ -81,7 +89,7 @@ def _are_called_as_built(contents: list[dict[str, Any]]) -> bool:
 
 
 def _are_plain(modules: list[nn.Module], channels: tuple[int, ...]) -> bool:
-    """Whether the parameters of the modules are tensors, named as they were built, of shapes that the kernels take."""
+    """Return whether the parameters of the modules are plain tensors, of the names and shapes they were built with."""
     kinds = set(map(type, modules))
     parameters = list(map(_parameters, map(vars, modules)))
     if kinds == {nn.Linear}:
@@ -96,10 +104,10 @@ def _are_plain(modules: list[nn.Module], channels: tuple[int, ...]) -> bool:
     return all(_are_plain([module], channels) for module in modules)  # the ends, few and of every kind
 
 
-def run(model: "RWKV4", tokens: Tensor, state: RWKV4State) -> Tensor:
-    """Read one token of every text, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
+def run(model: Model, tokens: Tensor, state: RWKV4State) -> Tensor:
+    """Read one token of every sequence, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
 
-    The numbers are those of the blocks up to rounding, of which there is less.
+    The numbers are those of the blocks up to rounding errors, which are smaller here.
     """
     blocks = list(cast("Iterable[RWKV4Block]", model.blocks))
     decays = [cast("Any", block._modules["attention"])._parameters["time_decay"] for block in blocks]
@@ -117,7 +125,7 @@ _channel_matrices = itemgetter("receptance", "key", "value")
 
 
 def _block(block: RWKV4Block, x: Tensor, w: Tensor, state: RWKV4State) -> Tensor:
-    """Map x, which may be overwritten, and change the state of this block."""
+    """Return the output of the block, which may be written over x, and change its state in place."""
     layers: dict[str, Any] = block._modules
     if (pre_ln := layers.get("pre_ln")) is not None:
         x = pre_ln(x)

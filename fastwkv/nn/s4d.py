@@ -24,26 +24,27 @@ from fastwkv.ops.linear_scan import linear_scan, linear_scan_step
 class S4D(nn.Module):
     """H diagonal state space models, one a channel, each discretised with a step Δ of its own.
 
-    Of the N complex states of a channel only one of each conjugate pair is computed, n = 0 ... N/2 - 1. With zero-order
-    hold::
+    A channel has N complex states, in conjugate pairs, of which one each is computed: n = 0 ... N/2 - 1. With
+    zero-order hold::
 
         A_n = -exp(log_A_real_n) + i A_imag_n
         Ā_n = exp(Δ A_n)    B̄_n = (Ā_n - 1) / A_n · B_n,    Δ = exp(log_dt)
         h_{t,n} = Ā_n h_{t-1,n} + B̄_n u_t
         y_t = 2 Re Σ_n C_n h_{t,n} + D u_t
 
-    |Ā| < 1 whatever the parameters become: Δ exp(log_A_real) counts as at least 4 units of rounding. Ā - 1 is computed
-    without cancellation. Calls, states, steps and dtypes are those of :class:`LRU`. The recurrence has H·N/2 complex
-    channels: states are ``[B, H * N // 2]``, and h takes N times the memory of u in float32.
+    For all values of the parameters |Ā| < 1: Δ exp(log_A_real) counts as at least 4 units of rounding. Ā - 1 is
+    computed without cancellation. Calls, states, steps and dtypes are those of ``LRU``. The recurrence has H·N/2
+    complex channels: states are ``[B, H * N // 2]``, and h takes N times the memory of u in float32.
 
-    At the start, A is the same for every channel, Δ is log-uniform on ``[dt_min, dt_max]``, B is 1, the real and
-    imaginary parts of C are N(0, 1/2) and D is N(0, 1).
+    At the start of training, A is the same for every channel, Δ is log-uniform on ``[dt_min, dt_max]``, B is 1, the
+    real and imaginary parts of C are N(0, 1/2) and D is N(0, 1).
 
     Args:
         hidden: H, the channels of u and y.
-        state: N, even.
+        state: N, the states of a channel, an even number.
         init: A at the start, "lin" for ``-1/2 + i π n`` or "inv" for ``-1/2 + i N/π (N/(2n+1) - 1)``.
-        dt_min, dt_max: the range of Δ at the start.
+        dt_min: the least Δ at the start, above 0.
+        dt_max: the largest Δ at the start.
 
     Source: arXiv 2206.11893, sections 3 (discretisation, conjugate pairs) and 4 (S4D-Lin and S4D-Inv).
 
@@ -122,7 +123,7 @@ class S4D(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole texts ``[B, T, H]``; arguments, results and errors are those of :meth:`LRU.forward`."""
+        """Run over whole sequences ``[B, T, H]``; arguments, results and errors are those of ``LRU.forward``."""
         check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_state(state, u, cu_seqlens)
@@ -132,10 +133,10 @@ class S4D(nn.Module):
         return (y, final) if return_state else y
 
     if TYPE_CHECKING:
-        __call__ = forward  # that of nn.Module takes anything and returns Any
+        __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take one token ``[B, H]``; arguments, results and errors are those of :meth:`LRU.step`."""
+        """Take one token ``[B, H]``; arguments, results and errors are those of ``LRU.step``."""
         check_tokens("B H", self.hidden, u_t=u_t)
         self._check_state(state, u_t)
         a, x = self._discretised(u_t)
@@ -143,7 +144,7 @@ class S4D(nn.Module):
         return self._read(state, u_t), state
 
     def extra_repr(self) -> str:
-        """Return the sizes, for print."""
+        """Return the sizes, which ``print`` shows."""
         return f"hidden={self.hidden}, state={self.state}, init={self.init!r}"
 
     def _check_state(self, state: Tensor | None, u: Tensor, cu_seqlens: Tensor | None = None) -> None:
@@ -151,15 +152,15 @@ class S4D(nn.Module):
         check_carried(state, self.hidden * self.state // 2, dtype, u, cu_seqlens)
 
     def _discretised(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Ā, one row of H·N/2 channels, and B̄ u; Ā and B̄ are computed in float64, as λ of the LRU is."""
+        """Return Ā, one row of H·N/2 channels, and B̄ u; like λ of the LRU, Ā and B̄ are computed in float64."""
         _, dtype = compute_dtypes(u, self.D)
-        most = -math.log(torch.finfo(dtype).eps)  # far beyond, exp would overflow and its gradient be 0 times infinity
+        most = -math.log(torch.finfo(dtype).eps)  # far beyond, exp overflows, and its gradient is 0 times infinity
         dt = self.log_dt.double().clamp(max=most).exp()[:, None]
         decay = (dt * self.log_A_real.double().clamp(max=most).exp()).clamp(min=least_decay(dtype))
         angle = dt * self.A_imag.double()
         modulus = torch.exp(-decay)
         a = torch.polar(modulus, angle)
-        # exp(-d + iθ) - 1, where both addends of the real part have the same sign as long as it is small.
+        # This is exp(-d + iθ) - 1; the addends of the real part have the same sign while it is small.
         real = torch.expm1(-decay) * torch.cos(angle) - 2 * torch.sin(angle / 2).square()
         change = torch.complex(real, modulus * torch.sin(angle))
         B = torch.complex(self.B_re.double(), self.B_im.double())

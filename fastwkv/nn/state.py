@@ -1,4 +1,4 @@
-"""What an RWKV-4 model remembers between calls."""
+"""The state that an RWKV-4 model carries from call to call."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.tensor_files import CheckpointError, read_tensors, write_tensors
-from fastwkv.ops.checks import FLOATING
+from fastwkv.ops.checks import FLOATING, check_dense
 from fastwkv.reference.wkv import WKVState
 
 
 class RWKV4State(NamedTuple):
-    """All that RWKV-4 keeps of the text so far: a fixed size, however long the text was.
+    """The state of RWKV-4: all that it keeps of the tokens so far, in a fixed size for any number of tokens.
 
-    For a model every field is ``[L, B, D]``; for a single block ``[B, D]``. ``att_x`` and ``ffn_x`` are the last
-    inputs of time mix and channel mix, in the dtype of the model. The fields of ``wkv`` are float32 (float64 in a
-    float64 model), also in a 16-bit model.
+    The fields of a model's state are ``[L, B, D]``, those of a single block's ``[B, D]``. ``att_x`` and ``ffn_x`` are
+    the last inputs of time mix and channel mix, in the dtype of the model. The fields of ``wkv`` are float32 (float64
+    in a float64 model), in a 16-bit model too.
     """
 
     att_x: Tensor
@@ -27,11 +27,11 @@ class RWKV4State(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """The bytes of all tensors together."""
         return sum(t.numel() * t.element_size() for t in (self.att_x, self.ffn_x, *self.wkv))
 
     def detach(self) -> "RWKV4State":
-        """Return the same values, cut from the autograd graph: what truncated backpropagation carries on."""
+        """Return the same values, cut from the autograd graph, as truncated backpropagation carries them on."""
         return self._each(Tensor.detach)
 
     def clone(self) -> "RWKV4State":
@@ -51,30 +51,30 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> "RWKV4State":
-        """Return the state of these tensors: the inverse of :meth:`tensors`.
+        """Return the state of these tensors: the inverse of ``tensors``.
 
         Raises:
-            KeyError: one is not there.
+            KeyError: a tensor is missing.
 
         """
         wkv = WKVState(*(tensors[f"wkv.{name}"] for name in WKVState._fields))
         return RWKV4State(tensors["att_x"], tensors["ffn_x"], wkv)
 
     def save(self, path: str | Path) -> None:
-        """Write the state into a safetensors file, whole or not at all. Its size does not depend on the text's."""
+        """Write the state into a safetensors file, whole or not at all. All files of a model have the same size."""
         write_tensors(Path(path), self.tensors())
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> "RWKV4State":
-        """Read what :meth:`save` has written, or ``fastwkv generate --save-state``, in any process.
+        """Read a file that ``save`` or ``fastwkv generate --save-state`` has written, in any process.
 
         Raises:
             OSError: the file cannot be opened.
-            CheckpointError: it is damaged or holds something else: other tensors, or such as no model returns.
+            CheckpointError: the file is damaged, or holds other tensors than the state of a model.
 
         """
         tensors = read_tensors(Path(path))
-        tensors.pop("last_token", None)  # which --save-state adds
+        tensors.pop("last_token", None)  # --save-state adds it
         try:
             state = RWKV4State.from_tensors(tensors)
         except KeyError as error:
@@ -91,7 +91,7 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def stack(states: list["RWKV4State"], out: "RWKV4State | None" = None) -> "RWKV4State":
-        """Join the states of all blocks: the inverse of :meth:`unbind`. With ``out`` it is written there."""
+        """Join the states of all blocks, in the memory of ``out`` if it is given: the inverse of ``unbind``."""
         att_x, ffn_x, wkv = zip(*states, strict=True)
         parts = (att_x, ffn_x, *zip(*wkv, strict=True))
         if out is not None:
@@ -103,7 +103,7 @@ class RWKV4State(NamedTuple):
 
 
 def empty_wkv_state(shape: tuple[int, ...], like: Tensor) -> WKVState:
-    """Return a WKV state that has seen nothing, for values of the dtype and device of ``like``."""
+    """Return the WKV state before any token, for values of the dtype and device of ``like``."""
     zeros = torch.zeros(shape, dtype=wkv_dtype(like), device=like.device)
     return WKVState(zeros, zeros.clone(), torch.full_like(zeros, -torch.inf))
 
@@ -114,7 +114,7 @@ def wkv_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _check_fields(path: str | Path, state: RWKV4State) -> None:
-    """Raise CheckpointError unless the shapes and dtypes of all fields are those of one model or block."""
+    """Raise CheckpointError unless the shapes and dtypes of all fields fit one model or block."""
     like = state.att_x
     if like.dim() not in (2, 3):
         raise CheckpointError(f"{path}: att_x must be [L, B, D] or [B, D], got shape {list(like.shape)}")
@@ -129,13 +129,20 @@ def _check_fields(path: str | Path, state: RWKV4State) -> None:
 
 
 def check_state(state: RWKV4State, config: RWKV4Config, batch: int, weight: Tensor) -> None:
-    """Check that the state fits a model of these sizes, this batch, and the dtype and device of ``weight``."""
+    """Check that the state fits a model of these sizes, this batch, and the dtype and device of ``weight``.
+
+    Raises:
+        TypeError: a field is not a dense tensor, or of another dtype, or the state is not an ``RWKV4State``.
+        ValueError: a field has another shape or device.
+
+    """
     if not isinstance(state, RWKV4State):
         raise TypeError(f"state must be an RWKV4State, got {type(state).__name__}")
     shape = (config.layers, batch, config.width)
     fields = {"att_x": state.att_x, "ffn_x": state.ffn_x}
     wkv_fields = {f"wkv.{name}": tensor for name, tensor in zip(WKVState._fields, state.wkv, strict=True)}
     for name, tensor in {**fields, **wkv_fields}.items():
+        check_dense(**{f"state.{name}": tensor})
         if tuple(tensor.shape) != shape:
             raise ValueError(f"state.{name} must be [L, B, D] = {list(shape)}, got shape {list(tensor.shape)}")
         dtype = weight.dtype if name in fields else wkv_dtype(weight)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fastwkv.nn.torch_archive import check_archive
 
-_SPARE = 2**24  # bytes that tensors may have above those of their file: of vectors that repeat one number
+_SPARE = 2**24  # bytes of tensors beyond those of the file, for vectors that repeat one number
 
 
 class CheckpointError(ValueError):
-    """A file is not what it should be: damaged, of another model, or of another version of this one.
+    """A file is damaged, of another model, or of another version of this model.
 
-    The message is one line. What a name of a file or tensor has that cannot be printed is written with a backslash.
+    The message is one line, in which characters that cannot be printed are written with a backslash.
     """
 
     def __init__(self, message: str) -> None:
@@ -31,7 +31,7 @@ class CheckpointError(ValueError):
 
 
 def check_name(path: Path) -> None:
-    """Raise CheckpointError if no file can have this name: it holds a NUL, or what the system cannot encode."""
+    """Raise CheckpointError if no file can have this name: it holds a NUL, or the system cannot encode it."""
     try:
         with suppress(OSError):
             path.stat()
@@ -40,11 +40,11 @@ def check_name(path: Path) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file. What is none, a FIFO or a device, might have no end, and cannot be mapped.
+    """Open a regular file. A FIFO or a device might have no end, and cannot be mapped.
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it is no file.
+        CheckpointError: the path is of something else than a regular file.
 
     """
     check_name(path)
@@ -58,7 +58,7 @@ def read_tensors(path: Path, checksums: bool = True) -> dict[str, Tensor]:
     """Read a safetensors file, or one of ``torch.save`` that holds a dictionary of tensors and nothing that runs.
 
     The tensors stand in the mapped file: they cost no memory of their own, and writing to the file changes them. Only
-    archives that were compressed, and files of PyTorch before 1.6, are read into memory.
+    compressed archives, and files of PyTorch before 1.6, are read into memory.
 
     Args:
         path: the file.
@@ -67,12 +67,12 @@ def read_tensors(path: Path, checksums: bool = True) -> dict[str, Tensor]:
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it is damaged or holds something else.
+        CheckpointError: the file is damaged or holds something else.
 
     """
     with open_file(path) as file:
         head = file.read(9)
-    if path.suffix == ".safetensors" or head[8:] == b"{":  # after the length of a header of JSON
+    if path.suffix == ".safetensors" or head[8:] == b"{":  # JSON, after eight bytes of its length
         tensors = _read_safetensors(path)
     elif head.startswith((b"PK", b"\x80")):  # an archive, a pickle
         tensors = _read_torch(path, head.startswith(b"PK"), checksums)
@@ -93,7 +93,7 @@ def read_tensors(path: Path, checksums: bool = True) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a file is not a dictionary
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
 
@@ -105,7 +105,9 @@ def _read_torch(path: Path, is_archive: bool, checksums: bool) -> dict[str, Tens
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive or pickle can raise anything
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):  # PyTorch advises to run it
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(
+            error
+        ):  # PyTorch's own message advises to run it
             message = f"{path}: damaged, or not a file of tensors alone, and nothing else is loaded"
             raise CheckpointError(message) from None
         raise CheckpointError(f"{path}: not a whole file of torch.save ({_first_line(error)})") from None
@@ -115,7 +117,7 @@ def _read_torch(path: Path, is_archive: bool, checksums: bool) -> dict[str, Tens
 
 
 def _refuse_more_than_is_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if copies of the tensors would take far more memory than the file does.
+    """Raise CheckpointError if copies of the tensors would take far more memory than the file.
 
     A stride of 0 makes any number of elements of one. Two tensors may share their elements, as tied embeddings do.
     """
@@ -133,7 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
-        # The format knows no tensors that share memory, as those of tied embeddings do.
+        # The format has no tensors that share memory, as tied embeddings do.
         contiguous[name] = (tensor.clone() if memory in seen else tensor).detach().contiguous()
         seen.add(memory)
     replace_file(path, lambda part: save_file(contiguous, part, {"format": "pt"}))
@@ -144,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it holds something else.
+        CheckpointError: the file holds something else.
 
     """
     try:
@@ -165,21 +167,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_file(path: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` make a file beside ``path`` and put it in its place; what was there stays until then.
+    """Let ``write`` make a file beside ``path``, then put it there; a file of this path stays until then.
 
     Raises:
-        OSError: it cannot be made, or what is there is no file: a FIFO or a device is not replaced.
+        OSError: the file cannot be made, or the path is of a FIFO or a device, which is not replaced.
         ValueError: no file can have this name.
 
     """
     check_name(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says so
+    if path.exists() and not path.is_file() and not path.is_dir():  # the system refuses a folder
         raise FileExistsError(errno.EEXIST, "Not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         part = Path(folder, path.name)
         part.touch()
-        usual = part.stat().st_mode  # safetensors writes files that nobody else can read
+        usual = part.stat().st_mode  # safetensors writes files that other users cannot read
         write(str(part))
         part.chmod(usual)
         os.replace(part, path)

@@ -1,8 +1,8 @@
-"""The archives that ``torch.save`` writes, looked through before PyTorch maps or reads them.
+"""The archives that ``torch.save`` writes are checked here before PyTorch maps or reads them.
 
-PyTorch believes what the pickle in an archive declares: of every storage it takes so many bytes from where the record
-begins, whether they are deflated, belong to the next record, or lie behind the memory that it has read the record into.
-It writes checksums (CRC-32) and does not look at them.
+PyTorch trusts the pickle in an archive: it takes as many bytes as a storage declares from the begin of its record on,
+even if they are deflated, belong to the next record, or lie behind the memory into which it has read the record. It
+writes checksums (CRC-32) and does not read them.
 """
 
 import pickletools
@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-_ALIGNMENT = 8  # of the widest numbers; torch.save has 64
-_DEFLATED_AT_BEST = 1032  # bytes into one, of zeros
-_LARGEST_PICKLE = 2**26  # of some 300,000 tensors
+_ALIGNMENT = 8  # bytes, for the widest numbers; torch.save has 64
+_DEFLATED_AT_BEST = 1032  # bytes of zeros for each byte of the archive
+_LARGEST_PICKLE = 2**26  # bytes, for some 300,000 tensors
 _LOCAL_HEADER = struct.Struct("<26x2H")  # before the content of a record; the lengths of name and extra field follow
-# Of torch.FloatStorage and so on; of all others, UntypedStorage among them, the number of elements is that of bytes.
+# The bytes of an element of torch.FloatStorage and so on; all other storages, such as UntypedStorage, count bytes.
 _ELEMENT_BYTES = {"Short": 2, "Half": 2, "BFloat16": 2, "Int": 4, "QInt32": 4, "Float": 4} | {
     "Long": 8,
     "Double": 8,
@@ -32,16 +32,17 @@ _MOST_THREADS = 8
 
 
 def check_archive(path: Path, checksums: bool) -> bool:
-    """Check that an archive holds what it declares; return whether its tensors can be used where they lie.
+    """Check that an archive holds what it declares; return whether its tensors can be used without copying them.
 
-    They cannot if one is deflated, or begins where no number may.
+    They cannot if one is deflated, or not aligned.
 
     Args:
         path: the archive.
         checksums: whether to read all of it, too, and compare it with its checksums, if ``torch.save`` has written any.
 
     Raises:
-        Exception: of any type, it is damaged or another archive; the first line of the message says what is wrong.
+        Exception: the archive is damaged or of another kind; the exception may have any type, and the first line of its
+            message tells what is wrong.
 
     """
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -61,12 +62,12 @@ def check_archive(path: Path, checksums: bool) -> bool:
         storages = {name: archive.getinfo(name) for name in begins if name.startswith(f"{root}/data/")}
         for key, size in _declared_storages(content):
             record = storages.get(f"{root}/data/{key}")
-            if record is not None and record.file_size < size:  # of one that is not there PyTorch says so
+            if record is not None and record.file_size < size:  # PyTorch tells if one is missing
                 raise zipfile.BadZipFile(f"{record.filename} has {record.file_size} of the {size} bytes it should have")
         if checksums and has_checksums:
             with ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_THREADS)) as pool:
                 for _ in pool.map(partial(_read_through, archive), archive.infolist()):
-                    pass  # raises what was raised there
+                    pass  # the loop raises the exceptions of the threads
         return all(
             record.compress_type == zipfile.ZIP_STORED and begins[name] % _ALIGNMENT == 0
             for name, record in storages.items()
@@ -74,11 +75,11 @@ def check_archive(path: Path, checksums: bool) -> bool:
 
 
 def _begins_of_records(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, int]:
-    """Return where the content of each record begins; they must lie one behind the other."""
+    """Return the offset of the content of each record; records must not overlap."""
     begins: dict[str, int] = {}
     end = 0
     for record in sorted(archive.infolist(), key=lambda record: record.header_offset):
-        archive.open(record).close()  # its header is there, of the same name, and says nothing of a password
+        archive.open(record).close()  # checks that the header is there, of the same name, and without a password
         file.seek(record.header_offset)
         begin = record.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
         if record.header_offset < end or begin + record.compress_size > archive.start_dir:
@@ -99,9 +100,9 @@ def _begins_of_records(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, in
 
 
 def _declared_storages(pickled: bytes) -> Iterator[tuple[str, int]]:
-    """Yield key and bytes of every storage that a pickle declares. It is read as a text: nothing is imported or run.
+    """Yield the key and the bytes of every storage that a pickle declares. Nothing is imported or run.
 
-    Values are what stands behind the operation codes that make them, or tuples of the values that they are made of:
+    A value is the argument of the operation code that makes it, or a tuple of the values that it is made of. That is
     enough for ``("storage", "torch FloatStorage", key, location, number of elements)``.
     """
     stack: list[Any] = []
@@ -121,7 +122,7 @@ def _declared_storages(pickled: bytes) -> Iterator[tuple[str, int]]:
 
 
 def _take(stack: list[Any], wanted: list[Any]) -> tuple[Any, ...]:
-    """Remove from the stack what an operation takes; return it, or what lies above the last mark."""
+    """Remove the arguments of an operation from the stack and return them, or all values above the last mark."""
     parts: list[Any] = []
     count = len(wanted)
     if pickletools.markobject in wanted:

@@ -1,5 +1,6 @@
-"""What every operator asks of its arguments. All of it runs before anything is launched."""
+"""The checks of the arguments of every operator, which all run before anything is launched."""
 
+import builtins
 import os
 from itertools import pairwise
 
@@ -17,28 +18,28 @@ FLOATING_OR_COMPLEX = (*FLOATING, torch.complex64, torch.complex128)
 
 
 def offsets_are_asserted() -> bool:
-    """Whether the environment asks for offsets on a GPU to be checked there."""
+    """Return whether the environment asks for a check of the offsets that lie on a GPU, on that GPU."""
     return os.environ.get("FASTWKV_CHECK_OFFSETS", "0") not in ("", "0")
 
 
-# For debugging: it costs a few launches a call, and after a failure the process has lost the device.
+# This is for debugging: it costs a few launches a call, and after a failure the process has lost the device.
 CHECK_OFFSETS_ON_DEVICE = offsets_are_asserted()
 
-# All of this runs at every call, beside kernels of a few microseconds: nothing is made that only a message needs.
+# The checks run at every call, beside kernels of a few microseconds: they make nothing that only a message needs.
 
 _STRIDED = torch.strided
-# None of these says so by its layout.
+# These are not dense, although their layout says so.
 _NOT_DENSE = (MaskedTensor, SparseSemiStructuredTensor, UninitializedBuffer, UninitializedParameter)
-_OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # what people write as one number for all channels
+_OF_CHANNELS = {"w", "u", "time_decay", "a", "a_t", "log_a"}  # often written as one number for all channels
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Each argument is a real floating-point tensor with a number at every place in memory, all on one device."""
+    """Check that each argument is a dense tensor of a real floating-point dtype, and all are on one device."""
     _check_dtype_among(FLOATING, tensors)
 
 
 def check_floating_or_complex(**tensors: Tensor) -> None:
-    """Each argument is a real or complex floating-point tensor, likewise, all on one device."""
+    """Check that each argument is a dense tensor of a real or complex dtype, and all are on one device."""
     _check_dtype_among(FLOATING_OR_COMPLEX, tensors)
 
 
@@ -60,10 +61,10 @@ def _check_dtype_among(dtypes: tuple[torch.dtype, ...], tensors: dict[str, Tenso
 
 
 def check_dense(**tensors: Tensor) -> None:
-    """Each argument is a tensor with a number at every place in memory: not sparse, nested, masked or MKL-DNN's."""
+    """Check that each argument is a dense tensor: not sparse, nested, masked, quantised or MKL-DNN's."""
     for name, tensor in tensors.items():
         _check_kind(name, tensor)
-        if tensor.layout is not _STRIDED or tensor.is_nested:
+        if tensor.layout is not _STRIDED or tensor.is_nested or tensor.is_quantized:
             raise _not_dense(name, tensor)
 
 
@@ -75,7 +76,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 
 
 def _instead(name: str, value: object) -> str:
-    """Return how to make a tensor of what was given, where that is plain."""
+    """Return a hint that says how to make a tensor of this value, empty if there is no plain way."""
     if isinstance(value, (int, float, complex)) and name in _OF_CHANNELS:
         return f"; torch.full((C,), {value}) is one for all C channels"
     return "; torch.from_numpy makes one" if type(value).__name__ == "ndarray" else ""
@@ -83,19 +84,26 @@ def _instead(name: str, value: object) -> str:
 
 def _not_dense(name: str, tensor: Tensor) -> TypeError:
     what = type(tensor).__name__ if tensor.layout is _STRIDED else f"one of layout {tensor.layout}"
-    what = "a nested one" if tensor.is_nested else what
+    what = "a nested one" if tensor.is_nested else "a quantised one" if tensor.is_quantized else what
     return TypeError(f"{name} must be a dense tensor (of layout torch.strided), got {what}")
 
 
 def check_bool(**flags: bool) -> None:
-    """Each argument is True or False, and nothing that merely counts as one of them."""
+    """Check that each argument is True or False, and not a value that merely counts as one of them."""
     for name, flag in flags.items():
         if flag is not True and flag is not False:
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+            raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's type for a message, with its module where Python has a type of that name too."""
+    kind = type(value)
+    foreign = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
+    return f"{kind.__module__}.{kind.__name__}" if foreign else kind.__name__
 
 
 def check_device(**tensors: Tensor) -> None:
-    """All arguments are on one device."""
+    """Check that all arguments are on one device."""
     reference = None
     for name, tensor in tensors.items():
         device = tensor.device
@@ -106,7 +114,7 @@ def check_device(**tensors: Tensor) -> None:
 
 
 def check_rank(dims: str, **tensors: Tensor) -> None:
-    """Each argument has one axis for each name in ``dims``, such as "B T C", and no axis is empty."""
+    """Check that each argument has one axis for each name in ``dims``, such as "B T C", and that none is empty."""
     for name, tensor in tensors.items():
         try:
             shape = tensor.shape
@@ -120,7 +128,7 @@ def check_rank(dims: str, **tensors: Tensor) -> None:
 
 
 def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
-    """Check the rank of x and return whether it holds complex numbers as pairs, as it may where a is complex."""
+    """Check the rank of x and return whether it holds complex numbers as pairs, which a complex a permits."""
     ((variable, x),) = tokens.items()
     if x.dim() != dims.count(" ") + 2:
         check_rank(dims, **tokens)
@@ -139,7 +147,7 @@ def are_pairs(dims: str, name: str, a: Tensor, **tokens: Tensor) -> bool:
 
 
 def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
-    """Each argument has exactly this shape; ``dims`` names its axes in the message."""
+    """Check that each argument has exactly this shape; ``dims`` names its axes in the message."""
     for name, tensor in tensors.items():
         try:
             fits = tensor.shape == shape
@@ -149,31 +157,31 @@ def check_shape(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
             raise ValueError(f"{name} must be {_axes(dims)} = {list(shape)}, got shape {_shape(tensor)}")
 
 
-def check_multiplier(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
-    """Each argument has exactly this shape, or only its last axis, the channels."""
+def check_decay(dims: str, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """Check that each argument has exactly this shape, or only its last axis, the channels."""
     for name, tensor in tensors.items():
         try:
-            given = tensor.shape
+            found = tensor.shape
         except RuntimeError:  # a nested tensor whose layout passes for strided has none
             raise _not_dense(name, tensor) from None
-        if given != (shape[-1:] if len(given) == 1 else shape):
+        if found != (shape[-1:] if len(found) == 1 else shape):
             ways = [f"[C] = {list(shape[-1:])}", f"{_axes(dims)} = {list(shape)}"]
-            wanted = {1: ways[:1], len(shape): ways[1:]}.get(len(given), ways)
+            wanted = {1: ways[:1], len(shape): ways[1:]}.get(len(found), ways)
             raise ValueError(f"{name} must be {' or '.join(wanted)}, got shape {_shape(tensor)}")
 
 
 def check_dtype(dtype: torch.dtype, why: str, **tensors: Tensor) -> None:
-    """Each argument has this dtype; ``why`` ends the message."""
+    """Check that each argument has this dtype; ``why`` ends the message."""
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {_short(dtype)} {why}, got {_short(tensor.dtype)}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """``cu_seqlens`` is 0 = c_0 <= c_1 <= ... <= c_N = T, for a batch of one.
+    """Check that ``cu_seqlens`` is 0 = c_0 <= c_1 <= ... <= c_N = T, for a batch of one.
 
-    The host looks at values on the CPU only: on a GPU that would wait for the device. There, what offsets that break
-    the rule do not cover is NaN (kernels/packing.py), and with ``FASTWKV_CHECK_OFFSETS=1`` in the environment the
+    The host reads offsets on the CPU only: reading those on a GPU would wait for the device. There, tokens that wrong
+    offsets do not cover are NaN (kernels/packing.py), and with ``FASTWKV_CHECK_OFFSETS=1`` in the environment the
     device asserts the rule.
     """
     check_dense(cu_seqlens=cu_seqlens)
@@ -199,7 +207,7 @@ def _axes(dims: str) -> str:
 
 
 def assert_offsets(cu_seqlens: Tensor, length: int) -> None:
-    """Let the device of the offsets end the program if they break the rule; nobody waits for it."""
+    """Let the device of the offsets end the program if they break the rule, without waiting for it."""
     rule = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
     torch._assert_async(rule, f"cu_seqlens must run from 0 to T = {length} without decreasing")
 

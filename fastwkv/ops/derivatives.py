@@ -1,4 +1,4 @@
-"""What the autograd of every operator shares."""
+"""Helpers that the autograd functions of every operator share."""
 
 from typing import Any
 
@@ -8,36 +8,37 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """Return ``function.apply(*inputs)``, where every input of ``forward`` is given and none by name.
+    """Return ``function.apply(*inputs)``, where every input of ``forward`` is given by its position.
 
-    ``apply`` reads the signature of ``forward`` at every call, to fill in defaults: three quarters of what it costs.
-    What it does after that is done here; transforms of functions and compilers look for ``apply`` itself.
+    ``apply`` reads the signature of ``forward`` at every call, to fill in defaults, which takes three quarters of its
+    time. This function does the rest of its work. Transforms of functions and compilers need ``apply`` itself.
     """
     if torch.compiler.is_compiling():
         return _apply_uncompiled(function, *inputs) if transformed() else function.apply(*inputs)
     if torch._C._are_functorch_transforms_active():
-        return _apply_uncompiled(function, *inputs)  # what calls this may have been left to Python by a compiler
-    # The checker wants a super() of the class that it stands in; this one is handed in.
+        return _apply_uncompiled(function, *inputs)  # a compiler may have left the caller to Python
+    # The type checker expects super() of the class around the call, and here the class is an argument.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
 def _apply_uncompiled(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    from fastwkv.ops.uncompiled import apply_uncompiled  # brings PyTorch's compiler, which takes a second to import
+    # The import is here since it brings PyTorch's compiler along, which takes a second to import.
+    from fastwkv.ops.uncompiled import apply_uncompiled
 
     return apply_uncompiled(function, *inputs)
 
 
 def forward_alone(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """Return the results of ``function``, of which no derivative is asked for; vmap finds its rule."""
+    """Return the results of ``function`` without recording them for derivatives; under vmap its rule applies."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _apply_uncompiled(function, *inputs)
     return function.forward(*inputs)
 
 
 def differentiated(inputs: list[Tensor]) -> bool:
-    """Whether a derivative may be asked for, in reverse or in forward mode.
+    """Return whether a derivative may be asked for, in reverse or in forward mode.
 
-    Of a tensor that is mapped nothing can be known: its ``requires_grad`` says nothing about the one inside.
+    Within a transform it always may: the ``requires_grad`` of a mapped tensor says nothing about the tensor inside.
     """
     if torch.is_grad_enabled() and True in [t.requires_grad for t in inputs]:
         return True
@@ -45,20 +46,20 @@ def differentiated(inputs: list[Tensor]) -> bool:
 
 
 def transformed() -> bool:
-    """Whether tangents are carried along, or a transform of ``torch.func`` is at work."""
+    """Return whether tangents are carried along, or a transform of ``torch.func`` is at work."""
     return in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def in_forward_mode() -> bool:
-    """Whether tangents are carried along."""
+    """Return whether tangents are carried along."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated_again() -> bool:
-    """Within a backward pass: whether somebody is going to differentiate its result, or carries tangents along."""
+    """Return whether the result of the backward pass at work is to be differentiated, or carries tangents along."""
     return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
 
 
 def batched(t: Tensor) -> bool:
-    """Whether a tensor stands for many, as vmap makes them, or for itself within another transform."""
+    """Return whether a tensor is a transform's stand-in: for many tensors under vmap, or for one elsewhere."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)

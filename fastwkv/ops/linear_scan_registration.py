@@ -1,13 +1,14 @@
-"""The linear scan as PyTorch knows it: schemas, and what results look like."""
+"""The operators of the linear scan: their schemas, and the shapes and dtypes of their results."""
 
 import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import scan_dtypes
-from fastwkv.ops.library import register
+from fastwkv.ops.library import operator
 
 
-def _fwd_fake(
+@operator("linear_scan")
+def linear_scan_fwd(
     a: Tensor,
     x: Tensor,
     initial: Tensor | None,
@@ -16,12 +17,14 @@ def _fwd_fake(
     reverse: bool,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Return h and the final state; with ``log``, ``a`` is log a."""
     dtype, state_dtype = scan_dtypes(a, x)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.empty_like(x, dtype=dtype), x.new_empty((rows, x.shape[2]), dtype=state_dtype)
 
 
-def _bwd_fake(
+@operator("linear_scan_bwd")
+def linear_scan_bwd(
     a: Tensor,
     h: Tensor,
     initial: Tensor | None,
@@ -33,11 +36,12 @@ def _bwd_fake(
     dtype: torch.dtype,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ginitial = h.new_empty(0, dtype=scan_dtypes(a, h)[1]) if initial is None else torch.empty_like(initial)
-    return torch.empty_like(a), torch.empty_like(h, dtype=dtype), ginitial
+    """Return the gradients of a, of x in ``dtype`` and of the initial state, the last one empty where there is none."""
+    return torch.empty_like(a), torch.empty_like(h, dtype=dtype), _gradient_of_initial(a, h, initial)
 
 
-def _bwd_in_place_fake(
+@operator("linear_scan_bwd", mutates=("gh",))
+def linear_scan_bwd_(
     a: Tensor,
     h: Tensor,
     initial: Tensor | None,
@@ -48,30 +52,15 @@ def _bwd_in_place_fake(
     gfinal: Tensor | None,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    ga, _, ginitial = _bwd_fake(a, h, initial, cu_seqlens, log, reverse, gh, gfinal, gh.dtype)
-    return ga, ginitial
+    """Write the gradient of x over that of h, and return those of a and of the initial state."""
+    return torch.empty_like(a), _gradient_of_initial(a, h, initial)
 
 
-def _step_fake(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
+@operator("linear_scan")
+def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
+    """Return the next state."""
     return torch.empty_like(state)
 
 
-register(
-    "linear_scan_fwd(Tensor a, Tensor x, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse,"
-    " Tensor? edges=None) -> (Tensor, Tensor)",
-    "linear_scan",
-    _fwd_fake,
-)
-register(
-    "linear_scan_bwd(Tensor a, Tensor h, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse, Tensor gh,"
-    " Tensor? gfinal, ScalarType dtype, Tensor? edges=None) -> (Tensor, Tensor, Tensor)",
-    "linear_scan_bwd",
-    _bwd_fake,
-)
-register(  # the gradient of x takes the memory of that of h
-    "linear_scan_bwd_(Tensor a, Tensor h, Tensor? initial, Tensor? cu_seqlens, bool log, bool reverse, Tensor(a!) gh,"
-    " Tensor? gfinal, Tensor? edges=None) -> (Tensor, Tensor)",
-    "linear_scan_bwd",
-    _bwd_in_place_fake,
-)
-register("linear_scan_step(Tensor a, Tensor x, Tensor state, bool log) -> Tensor", "linear_scan", _step_fake)
+def _gradient_of_initial(a: Tensor, h: Tensor, initial: Tensor | None) -> Tensor:
+    return h.new_empty(0, dtype=scan_dtypes(a, h)[1]) if initial is None else torch.empty_like(initial)

@@ -1,4 +1,4 @@
-"""The decay rate of WKV as RWKV-4 stores it, by its logarithm: ``w = exp(time_decay)``, and its gradient."""
+"""The decay rate of WKV from its logarithm, which RWKV-4 stores: ``w = exp(time_decay)``, and its gradient."""
 
 import math
 
@@ -12,11 +12,11 @@ _LARGEST = {t: math.log(torch.finfo(t).max) * (1 - torch.finfo(t).eps) for t in 
 
 
 def decay_rate(time_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return exp(time_decay) in ``dtype``, float32 or float64, which no rounding to 16 bits precedes.
+    """Return exp(time_decay) in ``dtype``, float32 or float64, without rounding to 16 bits before.
 
-    The gradient of time_decay is that of w, times w. Long before w overflows, nothing is left of the past and the
-    gradient of w is 0; but 0 times infinity would be NaN. So w stays finite where it is differentiated, and does not
-    change there any more. Elsewhere it may be infinite, which the kernels take as what it is.
+    The gradient of time_decay is the gradient of w, times w. Long before w overflows, nothing is left of the past and
+    the gradient of w is 0; but 0 times infinity would be NaN. So a w that is differentiated stays at the largest finite
+    number. Elsewhere it may be infinite, which the kernels understand.
     """
     time_decay = time_decay.to(dtype)
     if differentiated([time_decay]):

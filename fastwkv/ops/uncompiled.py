@@ -1,4 +1,4 @@
-"""Functions of autograd within transforms, which compilers leave to Python. Imported where one is at work only."""
+"""Autograd functions within transforms, which compilers leave to Python. The module is imported only within one."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def _not_compiled_within_transforms(function: type[torch.autograd.Function], *in
     return function.apply(*inputs)
 
 
-# Compilers trace the forward pass of such a function alone, and what it calls: tangents, and the gradients of tensors
-# that are mapped, would be lost without a word. So it is left to Python; a graph that must be whole refuses that, and
-# tells the name of what is above.
+# Compilers trace only the forward pass of such a function and the operators that it calls: tangents, and gradients of
+# mapped tensors, would be lost silently. So it is left to Python. A graph that must be whole refuses that, with an
+# error that names the function above.
 apply_uncompiled = torch.compiler.disable(_not_compiled_within_transforms)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import accumulation_dtype
-from fastwkv.ops import checks, wkv_registration  # noqa: F401 (registers what is called below)
+from fastwkv.ops import checks
+from fastwkv.ops import wkv_registration as registered
 from fastwkv.ops.derivatives import apply, differentiated, in_forward_mode
 from fastwkv.ops.packing import edges_of
 from fastwkv.ops.time_decay import decay_rate
@@ -74,51 +75,51 @@ def wkv(
         y_t = ( Σ_{i<t} exp(k_i - (t-1-i) w) v_i + exp(u + k_t) v_t )
             / ( Σ_{i<t} exp(k_i - (t-1-i) w)     + exp(u + k_t)     )
 
-    Sums and states are float32, whatever the inputs (float64 if any input is float64). No exponential overflows for
-    any finite w, u, k; a sum of values must fit that dtype. ``k = -inf`` marks an absent token: it has no weight, yet
-    the past decays over it. Where nothing has any weight y is 0. Exponents end where float32 does, in float64 too: a
-    rate beyond ±1e29 is taken for ±1e29, and so it is in the final state, and a key below -3.4e38 for an absent token.
+    Sums and states are float32 for all inputs but float64 (float64 if any input is float64). No exponential overflows
+    for any finite w, u, k; a sum of values must fit that dtype. ``k = -inf`` marks an absent token: it has no weight,
+    yet the past decays over it. If no token has any weight, y is 0. Exponents have the range of float32, in float64
+    too: a rate beyond ±1e29 counts as ±1e29, in the final state as well, and a key below -3.4e38 marks an absent token.
     Two runs give the same bits.
 
-    Gradients reach w, u, k, v and the initial state, from y and from the final state; a second derivative and forward
-    mode are not supported, and say so. ``torch.func.vmap`` over any argument is one call over more rows or channels;
-    mapped ``cu_seqlens`` are one call each.
+    Gradients reach w, u, k, v and the initial state, from y and from the final state. A second derivative and forward
+    mode are not supported: they raise RuntimeError. ``torch.func.vmap`` over any argument is one call over more rows or
+    channels; mapped ``cu_seqlens`` are one call each.
 
     Args:
-        w: ``[C]``, decay rate in nats a step; any finite value. What checkpoints store is its logarithm, and is not to
+        w: the decay rate in nats a step, ``[C]``, of any finite value. Checkpoints store its logarithm, which is not to
             be given here: see ``time_decay``. None, or left out, if that is given.
-        u: ``[C]``, bonus of the current token.
-        k: ``[B, T, C]``, keys. T and C need not be multiples of anything.
-        v: ``[B, T, C]``, values, of the dtype of k.
-        initial_state: state before the first token; empty if None, or where num = den = 0. One row a sequence:
-            ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
-        time_decay: ``[C]``, the decay rate as ``w = exp(time_decay)``, which is how RWKV-4 stores it:
+        u: the bonus of the current token, ``[C]``.
+        k: the keys, ``[B, T, C]``. T and C need not be multiples of anything.
+        v: the values, ``[B, T, C]``, of the dtype of k.
+        initial_state: the state before the first token; empty if None, or where num = den = 0. It has one row a
+            sequence: ``[B, C]``, or ``[N, C]`` with ``cu_seqlens``.
+        time_decay: the logarithm of the decay rate, ``w = exp(time_decay)``, ``[C]``, which RWKV-4 stores:
             ``wkv(u=u, k=k, v=v, time_decay=time_decay)``. The exponential is taken in the dtype of the sums. -inf makes
             w = 0; where w would overflow, nothing is left of the past, and the gradient is 0.
-        return_state: return the state after the last token of every sequence too.
+        return_state: whether to return the state after the last token of every sequence too.
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
-            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``. Offsets go from 0 to T and never fall; a sequence may
-            be empty, and then its final state is its initial state, and gradients go through. On the CPU offsets are
-            checked. On a GPU the host does not wait for them: tokens of sequences that do not lie within the T tokens,
-            and tokens of none, have NaN in y and in their gradients, such sequences in their states; w and u, whose
-            gradients are sums over tokens, in theirs. With ``FASTWKV_CHECK_OFFSETS=1`` in the environment the device
-            asserts. Where a fixed T is padded, the padding is best a last sequence of its own.
+            tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``. Offsets run from 0 to T without decreasing. A sequence
+            may be empty: then its final state is its initial state, and gradients pass through. Offsets on the CPU are
+            checked. The host does not wait for offsets on a GPU. If they are wrong there, y and the gradients are NaN
+            at tokens of no sequence and of sequences beyond the T tokens, the states of such sequences are NaN, and so
+            are the gradients of w and u, which are sums over tokens; with ``FASTWKV_CHECK_OFFSETS=1`` in the
+            environment the device asserts the offsets. The padding of a fixed T is best a last sequence of its own.
 
     Each of w (or time_decay), u and k with v may be float32, float64, bfloat16 or float16.
 
     Returns:
-        y ``[B, T, C]`` of the dtype of v; with ``return_state`` also the final :class:`WKVState`.
+        y ``[B, T, C]`` of the dtype of v; with ``return_state`` also the final ``WKVState``.
 
     Raises:
-        TypeError: an argument is no dense tensor, of a dtype that is not listed here, or no bool; or not one of w and
-            time_decay is given.
+        TypeError: an argument is not a dense tensor of a dtype that is listed here, or not a bool; or not exactly one
+            of w and time_decay is given.
         ValueError: a shape, device or offset does not fit the others.
 
     Source: "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048, equation 16.
 
     """
     checks.check_bool(return_state=return_state)
-    w = _given(w, time_decay)
+    w = _one_of(w, time_decay)
     if time_decay is None:
         checks.check_floating(w=w, u=u, k=k, v=v)
     else:
@@ -147,7 +148,7 @@ def wkv(
             DualWKV if in_forward_mode() else WKV, w, u, k, v, packed, cu_seqlens, edges_of(cu_seqlens, T)
         )
     else:
-        y, final, _ = torch.ops.fastwkv.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
+        y, final, _ = registered.wkv_fwd(w, u, k, v, packed, cu_seqlens, False)
     return (y, WKVState(*final.unbind(0))) if return_state else y
 
 
@@ -160,22 +161,25 @@ def wkv_step(
     *,
     time_decay: Tensor | None = None,
 ) -> tuple[Tensor, WKVState]:
-    """One token of :func:`wkv`: the same numbers, for text that arrives a token at a time.
+    """One token of ``wkv``: the same numbers, for sequences that arrive a token at a time.
 
     Args:
-        w, u: ``[C]``, as in :func:`wkv`.
-        k_t, v_t: ``[B, C]``, key and value of this token.
-        state: what came before, ``[B, C]`` a field.
-        time_decay: ``[C]``, in the place of w, as in :func:`wkv`.
+        w: the decay rate, ``[C]``, as in ``wkv``.
+        u: the bonus of the current token, ``[C]``.
+        k_t: the key of this token, ``[B, C]``.
+        v_t: the value of this token, ``[B, C]``, of the dtype of k_t.
+        state: the state before this token, each field ``[B, C]``.
+        time_decay: the logarithm of w, ``[C]``, in its place, as in ``wkv``.
 
     Returns:
         y_t ``[B, C]`` of the dtype of v_t, and the state after this token.
 
     Raises:
-        TypeError, ValueError: as :func:`wkv`.
+        TypeError: as for ``wkv``.
+        ValueError: as for ``wkv``.
 
     """
-    w = _given(w, time_decay)
+    w = _one_of(w, time_decay)
     if time_decay is None:
         checks.check_floating(w=w, u=u, k_t=k_t, v_t=v_t)
     else:
@@ -193,11 +197,11 @@ def wkv_step(
         y, final = wkv(w, u, k_t[:, None], v_t[:, None], state, return_state=True)
         return y[:, 0], final
     k_t, v_t, num, den, scale = (t.contiguous() for t in (k_t, v_t, *state))
-    y_t, final = torch.ops.fastwkv.wkv_step(w, u, k_t, v_t, num, den, scale)
+    y_t, final = registered.wkv_step(w, u, k_t, v_t, num, den, scale)
     return y_t, WKVState(*final.unbind(0))
 
 
-def _given(w: Tensor | None, time_decay: Tensor | None) -> Tensor:
+def _one_of(w: Tensor | None, time_decay: Tensor | None) -> Tensor:
     if w is not None and time_decay is None:
         return w
     if w is None and time_decay is not None:

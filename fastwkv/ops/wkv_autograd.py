@@ -7,14 +7,15 @@ from torch import Tensor
 
 from fastwkv.ops.derivatives import apply, differentiated_again, forward_alone
 from fastwkv.ops.vmap import CHANNELS, STATES, TOKENS, WHOLE, takes_batched_gradients, vectorised
+from fastwkv.ops.wkv_registration import wkv_bwd, wkv_fwd
 
-# What the arguments and results of WKV are for vmap.
-KINDS = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, WHOLE
+# The axes of the arguments and results of WKV that vmap may lengthen.
+AXES = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, WHOLE
 RESULTS = TOKENS, STATES, TOKENS
 
 
 class WKV(torch.autograd.Function):
-    """WKV under autograd; kernels/wkv.py holds the adjoint.
+    """WKV under autograd; kernels/wkv.py has the formulas of its adjoint.
 
     States are packed as ``[3, N, C]``, the adjoints (gm, gl) of their means and log weights as ``[2, N, C]``.
     """
@@ -30,7 +31,7 @@ class WKV(torch.autograd.Function):
         edges: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute y, the final state and the checkpoints that the backward pass starts from."""
-        return torch.ops.fastwkv.wkv_fwd(w, u, k, v, initial, cu_seqlens, True, edges)
+        return wkv_fwd(w, u, k, v, initial, cu_seqlens, True, edges)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -43,7 +44,7 @@ class WKV(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Take all indices of a mapped axis at once."""
-        return vectorised(WKV, info.batch_size, in_dims, inputs, KINDS, RESULTS, cu_seqlens=5)
+        return vectorised(WKV, info.batch_size, in_dims, inputs, AXES, RESULTS, cu_seqlens=5)
 
     @staticmethod
     @takes_batched_gradients
@@ -53,21 +54,21 @@ class WKV(torch.autograd.Function):
         gy = torch.zeros_like(v) if gy is None else gy.contiguous()
         if gfinal is not None:
             gfinal = _adjoint_of_final(final, gfinal)
-        given = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal, edges
+        arguments = w, u, k, v, initial, cu_seqlens, checkpoints, gy, gfinal, edges
         if differentiated_again():
-            gw, gu, gk, gv, ginitial = apply(_Adjoint, *given)
+            gw, gu, gk, gv, ginitial = apply(_Adjoint, *arguments)
         else:
-            gw, gu, gk, gv, ginitial = forward_alone(_Adjoint, *given)
+            gw, gu, gk, gv, ginitial = forward_alone(_Adjoint, *arguments)
         return gw, gu, gk, gv, None if initial is None else _gradient_of_initial(initial, ginitial), None, None
 
 
 class DualWKV(WKV):
-    """The same in forward mode, which it says that it has not. On its own, as that of the linear scan."""
+    """WKV in forward mode, which it refuses; a class of its own since torch.compile refuses one with tangents."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Take all indices of a mapped axis at once, as itself."""
-        return vectorised(DualWKV, info.batch_size, in_dims, inputs, KINDS, RESULTS, cu_seqlens=5)
+        return vectorised(DualWKV, info.batch_size, in_dims, inputs, AXES, RESULTS, cu_seqlens=5)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -76,11 +77,11 @@ class DualWKV(WKV):
 
 
 class _Adjoint(torch.autograd.Function):
-    """The backward pass as something that could be differentiated again, and says that it cannot."""
+    """The backward pass as an autograd function, which refuses to be differentiated again."""
 
     @staticmethod
     def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.ops.fastwkv.wkv_bwd(*inputs)
+        return wkv_bwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,9 +89,9 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        kinds = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, TOKENS, TOKENS, STATES, WHOLE
+        axes = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES, WHOLE, TOKENS, TOKENS, STATES, WHOLE
         results = CHANNELS, CHANNELS, TOKENS, TOKENS, STATES
-        return vectorised(_Adjoint, info.batch_size, in_dims, inputs, kinds, results, cu_seqlens=5)
+        return vectorised(_Adjoint, info.batch_size, in_dims, inputs, axes, results, cu_seqlens=5)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -101,8 +102,8 @@ class _Adjoint(torch.autograd.Function):
         raise RuntimeError("fastwkv.wkv can be differentiated once; its second derivative is not supported")
 
 
-# The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; the states that come in and go
-# out are (num, den, max). The chain rule between the two is in the next two functions and nowhere else.
+# The kernels differentiate with respect to the mean m = num/den and ℓ = max + log den; initial and final states are
+# (num, den, max). The chain rule between the two is in the next two functions and nowhere else.
 
 
 def _adjoint_of_final(final: Tensor, gfinal: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def _gradient_of_initial(initial: Tensor, adjoint: Tensor) -> Tensor:
     num, den, _ = initial
     gm, gl = adjoint
     gnum = gm / _or_one(den)
-    # Of a state that weighs far more than the first token, were it not empty, gnum may be beyond the largest number.
+    # gnum is infinite where the state is empty and its max lies far above the first key: 0 times it would be NaN.
     moment = torch.where(num == 0, 0, gnum * num)
     return torch.stack((gnum, (gl - moment) / _or_one(den), torch.where(den == 0, moment, gl)))
 

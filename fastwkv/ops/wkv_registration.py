@@ -1,13 +1,14 @@
-"""What PyTorch needs to know of the operators of WKV: shapes of results, and schemas."""
+"""The operators of WKV: their schemas, and the shapes and dtypes of their results."""
 
 import torch
 from torch import Tensor
 
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
-from fastwkv.ops.library import register
+from fastwkv.ops.library import operator
 
 
-def _wkv_fwd_fake(
+@operator("wkv")
+def wkv_fwd(
     w: Tensor,
     u: Tensor,
     k: Tensor,
@@ -17,6 +18,7 @@ def _wkv_fwd_fake(
     save: bool,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the final state and, with ``save``, the checkpoints that the backward pass starts from."""
     B, T, C = k.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(w, u, k, v)
@@ -24,7 +26,8 @@ def _wkv_fwd_fake(
     return torch.empty_like(v), k.new_empty((3, rows, C), dtype=dtype), checkpoints
 
 
-def _wkv_bwd_fake(
+@operator("wkv_bwd")
+def wkv_bwd(
     w: Tensor,
     u: Tensor,
     k: Tensor,
@@ -35,31 +38,15 @@ def _wkv_bwd_fake(
     gy: Tensor,
     gfinal: Tensor | None,
     edges: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of w, u, k and v, and the adjoint of the initial state, empty where there is none."""
     ginitial = checkpoints.new_empty(0) if initial is None else initial.new_empty(2, *initial.shape[1:])
     return torch.empty_like(w), torch.empty_like(u), torch.empty_like(k), torch.empty_like(v), ginitial
 
 
-def _wkv_step_fake(
+@operator("wkv_step")
+def wkv_step(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, num: Tensor, den: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return y and the next state."""
     return torch.empty_like(v), num.new_empty((3, *num.shape))
-
-
-register(
-    "wkv_fwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, bool save,"
-    " Tensor? edges=None) -> (Tensor, Tensor, Tensor)",
-    "wkv",
-    _wkv_fwd_fake,
-)
-register(
-    "wkv_bwd(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, Tensor checkpoints,"
-    " Tensor gy, Tensor? gfinal, Tensor? edges=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "wkv_bwd",
-    _wkv_bwd_fake,
-)
-register(
-    "wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor num, Tensor den, Tensor max) -> (Tensor, Tensor)",
-    "wkv_step",
-    _wkv_step_fake,
-)

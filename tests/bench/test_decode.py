@@ -42,7 +42,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
         made.append(RecordedGraph(*arguments))
         return made[-1]
 
-    module = importlib.import_module("fastwkv.nn.generate")  # the function hides it
+    module = importlib.import_module("fastwkv.nn.generation")
     for place in (module, decode_run):
         monkeypatch.setattr(place, "why_no_graph", lambda *_: None)
     monkeypatch.setattr(module, "Graph", make)

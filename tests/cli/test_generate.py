@@ -259,6 +259,6 @@ def test_help_that_nobody_reads_ends_quietly(capfd) -> None:
 def test_characters_that_standard_output_cannot_encode_are_replaced(folder, monkeypatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
-    monkeypatch.setattr("fastwkv.cli.text.ByteText.decode", lambda *_: "\N{WHALE}")
+    monkeypatch.setattr("fastwkv.cli.tokenizer.ByteTokenizer.decode", lambda *_: "\N{WHALE}")
     assert main(["generate", "--model", str(folder), "--prompt", PROMPT, "--tokens", "2"]) == 0
     assert out.getvalue() == b"??"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastwkv.cli.arguments import UsageError
-from fastwkv.cli.text import open_text
-from fastwkv.cli.world import FILE_NAME, WorldText, read_vocabulary
+from fastwkv.cli.tokenizer import open_tokenizer
+from fastwkv.cli.world import FILE_NAME, WorldTokenizer, read_vocabulary
 from fastwkv.nn import RWKV4, RWKV4Config
 
 LONGER = [
@@ -40,7 +40,7 @@ def vocabulary(longer: list[str | bytes] = LONGER) -> bytes:
     return "".join(line(token, string) for token, string in enumerate([*single, *longer], 1)).encode()
 
 
-TEXT = WorldText(read_vocabulary("v", vocabulary()))
+TEXT = WorldTokenizer(read_vocabulary("v", vocabulary()))
 
 
 @given(st.binary() | st.text("abcdthe r größ日本🙂\t\n").map(str.encode))
@@ -56,7 +56,7 @@ def test_tokens_are_the_longest_from_the_start_and_give_the_bytes_back(text: byt
 
 @given(st.text("abcdthe r größ日本🙂\t\n"))
 def test_text_decoded_token_by_token_is_the_text(text: str) -> None:
-    new = WorldText(read_vocabulary("v", vocabulary()))
+    new = WorldTokenizer(read_vocabulary("v", vocabulary()))
     assert "".join(map(new.decode, new.encode(text.encode()))) + new.finish() == text
 
 
@@ -103,4 +103,4 @@ def test_vocabulary_is_that_asked_for_or_that_beside_the_model(tmp_path: Path, r
     assert run(*generate, "--tokenizer", tmp_path / "asked for").out == " there the there"
     (tmp_path / "model" / FILE_NAME).write_bytes(vocabulary())
     assert run(*generate).out == " there the there"
-    assert isinstance(open_text(None, tmp_path / "model", 300), WorldText)
+    assert isinstance(open_tokenizer(None, tmp_path / "model", 300), WorldTokenizer)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastwkv.nn import RWKV4, RWKV4Config, generate
-from fastwkv.nn.generate import sample
+from fastwkv.nn.generation import sample
 
 V = 23
 few = settings(max_examples=25, deadline=None)

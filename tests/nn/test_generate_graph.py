@@ -1,7 +1,6 @@
 """Generation from a graph: the same tokens and states as without, whatever happens between tokens."""
 
 import gc
-import importlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,9 +13,8 @@ from recorded_graph import RecordedGraph
 from rwkv4_models import CONFIG, text, trained
 from torch import Tensor, nn
 
-from fastwkv.nn import RWKV4, RWKV4State, generate, rwkv4_step
+from fastwkv.nn import RWKV4, RWKV4State, generate, generation, rwkv4_step
 
-generation = importlib.import_module("fastwkv.nn.generate")  # the function hides the module
 DRAWS = [
     {},
     {"temperature": 0.8, "seed": 3},

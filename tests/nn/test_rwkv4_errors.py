@@ -1,12 +1,15 @@
 """What RWKV-4 says of wrong tokens, states and sizes."""
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rwkv4_models import CONFIG, text
 
-from fastwkv.nn import RWKV4, RWKV4Block, RWKV4ChannelMix, RWKV4Config, RWKV4TimeMix, generate
+from fastwkv.nn import RWKV4, RWKV4Block, RWKV4ChannelMix, RWKV4Config, RWKV4State, RWKV4TimeMix, generate
 
 BAD_TOKENS = {
     "tokens must be a tensor, got list": [[1, 2]],
@@ -70,6 +73,37 @@ def test_bad_state_raises(length: int) -> None:
     wkv = model.empty_state(2).wkv
     with pytest.raises(TypeError, match=r"state\.wkv\.den must be torch\.float32, got torch\.float64"):
         model(tokens, model.empty_state(2)._replace(wkv=wkv._replace(den=wkv.den.double())))
+
+
+NOT_DENSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "COO": torch.Tensor.to_sparse,
+    "CSR": lambda t: t.flatten(1).to_sparse_csr(),
+    "MKL-DNN": lambda t: t.float().to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+    "nested, jagged": lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "masked": lambda t: torch.masked.masked_tensor(t, torch.ones_like(t, dtype=torch.bool)),
+}
+
+
+def made(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # half of them are prototypes, the other half deprecated
+        return NOT_DENSE[kind](tensor)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense_are_refused_by_name(kind: str, length: int) -> None:
+    model, tokens = RWKV4(CONFIG), text(2, length)
+    for call in (model, model.features, lambda *given: generate(model, given[0], 1, state=given[-1])):
+        with pytest.raises(TypeError, match=r"^tokens must be a dense tensor .*, got "):
+            call(made(kind, tokens), model.empty_state(2))
+        for name in ("att_x", "ffn_x", "wkv.num", "wkv.den", "wkv.max"):
+            tensors = model.empty_state(2).tensors()
+            tensors[name] = made(kind, tensors[name])
+            with pytest.raises(TypeError, match=rf"^state\.{name} must be a dense tensor .*, got "):
+                call(tokens, RWKV4State.from_tensors(tensors))
 
 
 def test_bad_config_raises() -> None:

@@ -1,7 +1,9 @@
 """Tensors that are not dense are refused by name, and so is what merely counts as a bool."""
 
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +93,13 @@ def test_flag_that_is_no_bool_is_refused(value):
             build(C, 3, bidirectional=value)
     with pytest.raises(TypeError, match=f"^positive must be a bool, got {got}"):
         MinGRU(C, positive=value)
+
+
+def test_bool_of_numpy_is_told_from_pythons():
+    flag = np.bool_(True)
+    name = re.escape(f"numpy.{type(flag).__name__}" if type(flag).__name__ == "bool" else "bool_")
+    with pytest.raises(TypeError, match=f"^reverse must be a bool, got {name}$"):
+        linear_scan(VECTOR, TEXT, reverse=flag)
 
 
 @pytest.mark.parametrize("kind", ["COO", "CSR", "nested", "nested, jagged", "masked"])

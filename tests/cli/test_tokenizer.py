@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastwkv.cli.arguments import UsageError
-from fastwkv.cli.text import ByteText, Text, TokenizerText, open_text
+from fastwkv.cli.tokenizer import ByteTokenizer, LibraryTokenizer, Tokenizer, open_tokenizer
 from fastwkv.nn import RWKV4, RWKV4Config
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -45,39 +45,39 @@ def byte_fallback() -> "tokenizers.Tokenizer":
     return tokenizer
 
 
-def decoded(text: Text, tokens: list[int]) -> str:
+def decoded(text: Tokenizer, tokens: list[int]) -> str:
     return "".join(map(text.decode, tokens)) + text.finish()
 
 
 @given(st.binary(max_size=30))
 def test_bytes_are_decoded_as_a_whole_would_be(data: bytes) -> None:
-    assert decoded(ByteText(), ByteText().encode(data)) == data.decode("utf-8", "replace")
+    assert decoded(ByteTokenizer(), ByteTokenizer().encode(data)) == data.decode("utf-8", "replace")
 
 
 def test_character_of_several_bytes_comes_with_its_last() -> None:
-    text = ByteText()
+    text = ByteTokenizer()
     assert [text.decode(byte) for byte in "a🙂é".encode()] == ["a", "", "", "", "🙂", "", "é"]
 
 
 def test_tokens_that_are_no_bytes_are_replaced() -> None:
-    text = ByteText()
+    text = ByteTokenizer()
     assert [text.decode(token) for token in (97, 256, 0xC3, 50000, 98)] == ["a", "\ufffd", "", "\ufffd\ufffd", "b"]
 
 
 @given(st.lists(st.integers(0, 269), max_size=30))
 def test_tokens_of_a_tokenizer_are_decoded_as_a_whole_would_be(tokens: list[int]) -> None:
     tokenizer = byte_level()
-    assert decoded(TokenizerText(tokenizer), tokens) == tokenizer.decode(tokens, skip_special_tokens=False)
+    assert decoded(LibraryTokenizer(tokenizer), tokens) == tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def test_character_of_several_tokens_comes_with_its_last() -> None:
-    text = TokenizerText(byte_level())
+    text = LibraryTokenizer(byte_level())
     pieces = [text.decode(token) for token in text.encode("a🙂é".encode())]
     assert pieces == ["a", "", "", "", "🙂", "", "é"]
 
 
 def test_what_the_library_cannot_stream_is_replaced() -> None:
-    text = TokenizerText(byte_fallback())
+    text = LibraryTokenizer(byte_fallback())
     # The byte after "A" begins a character that does not come, by which the library then takes both for invalid.
     assert [text.decode(token) for token in (65, 195, 256, 66)] == ["A", "", "\ufffd", "B"]
 
@@ -88,7 +88,7 @@ def test_text_survives_the_round_trip_without_special_tokens() -> None:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     tokenizer.post_processor = template
-    text = TokenizerText(tokenizer)
+    text = LibraryTokenizer(tokenizer)
     tokens = text.encode(SAMPLE.encode())
     assert 0 not in tokens
     assert decoded(text, tokens) == SAMPLE
@@ -99,13 +99,13 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> 
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(tmp_path / "t.json"))
-    text = open_text(tmp_path / "t.json", tmp_path, 270)
+    text = open_tokenizer(tmp_path / "t.json", tmp_path, 270)
     assert decoded(text, text.encode(SAMPLE.encode())) == SAMPLE
 
 
 def test_prompt_that_is_no_text_is_refused() -> None:
     with pytest.raises(UsageError, match=r"the prompt is not UTF-8: .* at byte 2"):
-        TokenizerText(byte_level()).encode(b"ab\xffc")
+        LibraryTokenizer(byte_level()).encode(b"ab\xffc")
 
 
 def test_tokenizer_is_that_asked_for_or_that_beside_the_model(tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_tokenizer_is_that_asked_for_or_that_beside_the_model(tmp_path: Path) ->
     byte_level().save(str(tmp_path / "asked for.json"))
     (tmp_path / "model" / "x.pth").touch()
     for model in (tmp_path / "model", tmp_path / "model" / "x.pth"):
-        assert open_text(None, model, 256).encode(b"two one") == [1, 0]
-        assert len(open_text(tmp_path / "asked for.json", model, 270).encode(b"two one")) > 2
-    assert isinstance(open_text(None, tmp_path, 256), ByteText)
+        assert open_tokenizer(None, model, 256).encode(b"two one") == [1, 0]
+        assert len(open_tokenizer(tmp_path / "asked for.json", model, 270).encode(b"two one")) > 2
+    assert isinstance(open_tokenizer(None, tmp_path, 256), ByteTokenizer)
 
 
 def scripted(width: int, tokens: list[int]) -> RWKV4:

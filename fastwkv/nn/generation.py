@@ -11,6 +11,7 @@ from fastwkv.nn.cuda_graph import Graph, RecordingError, why_no_graph
 from fastwkv.nn.prefill import read
 from fastwkv.nn.rwkv4 import RWKV4
 from fastwkv.nn.state import RWKV4State
+from fastwkv.ops.checks import type_name
 
 
 def generate(
@@ -24,37 +25,38 @@ def generate(
     state: RWKV4State | None = None,
     graph: bool | None = None,
 ) -> "Generation":
-    """Continue a batch of texts, yielding each new token as soon as it is known.
+    """Continue a batch of prompts, yielding each new token as soon as it is known.
 
-    The prompt is read in parallel, in pieces of a fixed number of tokens (:func:`fastwkv.nn.prefill.read` says how the
-    numbers compare with those of one piece). Then every token costs one recurrent step: the same time and memory at any
-    length.
-    A token is the most likely one at temperature 0. Otherwise it is drawn from softmax(logits / temperature),
+    The prompt is read in parallel, in pieces of a fixed number of tokens; ``fastwkv.nn.prefill.read`` tells how the
+    numbers compare with those of one piece. Then every token costs one recurrent step: the same time and memory at any
+    length. At temperature 0 a token is the most likely one. Otherwise it is sampled from softmax(logits / temperature),
     restricted to the smallest set of most likely tokens whose probabilities reach ``top_p`` together ("The Curious
     Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1).
 
     The model runs in inference mode, the code between two yields does not. Arguments are checked at the call, not at
     the first token.
 
-    On a GPU the second token is also recorded, all layers and the draw, in a CUDA graph of this call's own, and every
-    later one is a single launch of it: the same tokens, without the time that a host takes to start each kernel.
+    On a GPU the second token is also recorded, all layers and the sampling, in a CUDA graph of this call's own, and
+    every later one is a single launch of it: the same tokens, without the time that a host takes to start each kernel.
     Between tokens the weights may be changed in place, but not replaced, moved or converted; hooks, contexts and
-    ``model.train()`` that come later are not seen. Nothing here waits for the device, with a graph or without.
+    ``model.train()`` after the second token have no effect. Nothing waits for the device, with a graph or without.
 
     Args:
-        model: an :class:`~fastwkv.nn.RWKV4`.
-        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1, of tokens below V as for :meth:`RWKV4.forward`.
-        max_new_tokens: how many tokens to yield, 0 or more.
-        temperature: 0 or more.
-        top_p: above 0, at most 1. With temperature 0 it changes nothing.
-        seed: of this call's own random generator, on the device of the model; None draws a new one.
-        state: what the model remembers of the text before the prompt; empty if None.
-        graph: whether to record. None: if the model is on a GPU, has no forward hooks, is not compiled or being
-            compiled, autocast is off and no other graph is being recorded; what then turns out to be impossible to
-            record goes on without, and a warning says why. True: for certain, or an error.
+        model: the model, a ``fastwkv.nn.RWKV4``.
+        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1, of tokens below V as for ``RWKV4.forward``.
+        max_new_tokens: the number of tokens to yield, 0 or more.
+        temperature: the temperature of the sampling, 0 or more.
+        top_p: the probability that the tokens to sample from reach together, above 0 and at most 1. With temperature 0
+            it changes nothing.
+        seed: the seed of this call's own random generator, on the device of the model; None for a new seed at each
+            call.
+        state: the state of the model after the tokens before the prompt; empty if None.
+        graph: whether to record. With None it records if the model is on a GPU, has no forward hooks, is not compiled
+            or being compiled, autocast is off and no other graph is being recorded; if the recording then fails,
+            generation goes on without, and a warning tells the reason. With True a graph that cannot be is an error.
 
     Returns:
-        an iterator over int64 ``[B]``, one new token of every text, that also knows the state: :class:`Generation`.
+        An iterator over int64 ``[B]``, one new token of every sequence, that also has the state: ``Generation``.
 
     Raises:
         TypeError: an argument is of another type.
@@ -76,7 +78,7 @@ def generate(
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
     if graph is not None and not isinstance(graph, bool):
-        raise TypeError(f"graph must be a bool or None, got {type(graph).__name__}")
+        raise TypeError(f"graph must be a bool or None, got {type_name(graph)}")
     model.check_inputs(tokens, state)
     if tokens.device.type == "cpu":
         model.check_vocabulary(tokens)
@@ -89,20 +91,20 @@ def generate(
     reason = "it is not wanted" if graph is False else why_no_graph(model, device)
     if graph and reason:
         raise ValueError(f"graph=True cannot be: {reason}")
-    draw = partial(sample, temperature=temperature, top_p=top_p, generator=generator)
+    sampler = partial(sample, temperature=temperature, top_p=top_p, generator=generator)
     recorder = None if reason else Graph(device, generator)
-    return Generation(model, tokens, max_new_tokens, draw, state, recorder, must_record=graph is True)
+    return Generation(model, tokens, max_new_tokens, sampler, state, recorder, must_record=graph is True)
 
 
 class Generation(Iterator[Tensor]):
-    """New tokens as they become known, int64 ``[B]`` each: what :func:`generate` returns."""
+    """New tokens as they become known, int64 ``[B]`` each: the result of ``generate``."""
 
     def __init__(
         self,
         model: RWKV4,
         tokens: Tensor,
         max_new_tokens: int,
-        draw: Callable[[Tensor], Tensor],
+        sampler: Callable[[Tensor], Tensor],
         state: RWKV4State | None,
         graph: Graph | None = None,
         must_record: bool = False,
@@ -110,7 +112,7 @@ class Generation(Iterator[Tensor]):
         self._model = model
         self._prompt = tokens
         self._left = max_new_tokens
-        self._draw = draw
+        self._sampler = sampler
         self._first_state = state
         self._step: _Step | None = None
         self._graph = graph
@@ -135,10 +137,10 @@ class Generation(Iterator[Tensor]):
     def _read_prompt(self, prompt: Tensor) -> "_Step":
         with torch.inference_mode():
             x, state = read(self._model, prompt, self._first_state)
-            return _Step(self._model, self._draw, self._draw(self._model.head(x)), state)
+            return _Step(self._model, self._sampler, self._sampler(self._model.head(x)), state)
 
     def _record(self, step: "_Step", graph: Graph) -> None:
-        """Make a token and record how, if that is still possible."""
+        """Make a token, and record its computation if that is still possible."""
         self._graph = None
         reason = why_no_graph(self._model, step.token.device)
         if reason is None:
@@ -158,50 +160,52 @@ class Generation(Iterator[Tensor]):
 
     @property
     def uses_graph(self) -> bool:
-        """Whether tokens are launches of a CUDA graph, which they can be from the third on."""
+        """Whether tokens are launches of a CUDA graph, as they can be from the third on."""
         return self._recorded
 
     @property
     def state(self) -> RWKV4State | None:
-        """What the model remembers of all that it has read: everything before the latest token; at first what came in.
+        """The state of the model after all tokens but the latest; before the first token, the initial state.
 
-        To continue, hand it to :func:`generate` with the latest token as the prompt.
+        To continue, hand it to ``generate`` with the latest token as the prompt.
         """
         state = self._first_state if self._step is None else self._step.state
         return None if state is None else state.clone()
 
 
 class _Step:
-    """A call makes the next token from the latest, in memory that stays where it is: what a CUDA graph can hold.
+    """A function that makes the next token from the latest, in fixed memory, as a CUDA graph requires.
 
     Args:
         model: the model.
-        draw: draws a token ``[B]`` from logits ``[B, V]``.
+        sampler: a function that samples tokens ``[B]`` from logits ``[B, V]``.
         token: int64 ``[B]``, the latest token, which has not been read.
-        state: what came before it.
+        state: the state before it.
 
     """
 
-    def __init__(self, model: RWKV4, draw: Callable[[Tensor], Tensor], token: Tensor, state: RWKV4State) -> None:
+    def __init__(self, model: RWKV4, sampler: Callable[[Tensor], Tensor], token: Tensor, state: RWKV4State) -> None:
         self._model = model
-        self._draw = draw
-        with torch.inference_mode(False):  # what is made in inference mode could not be written outside of it
+        self._sampler = sampler
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
             self.token, self.state = token.clone(), state.clone()
 
     def __call__(self) -> None:
         x = self._model.step_(self.token, self.state)
-        self.token.copy_(self._draw(self._model.head(x)))
+        self.token.copy_(self._sampler(self._model.head(x)))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Draw a token ``[B]`` from logits ``[B, V]``, as :func:`generate` says."""
+    """Sample tokens ``[B]`` from logits ``[B, V]``, as ``generate`` describes."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)  # however small it is
+    probabilities = torch.softmax(
+        (logits - logits.amax(-1, keepdim=True)) / temperature, -1
+    )  # finite for any temperature
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
-        # In float64: GPUs add in an order that differs from run to run, which no token should depend on.
+        # The sum is float64: a GPU adds in an order that differs from run to run, on which no token should depend.
         before = ordered.cumsum(-1, dtype=torch.float64) - ordered
         # The likeliest token always stays: nothing comes before it.
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0))

@@ -1,19 +1,53 @@
-"""How well the models of learning_curve.py predict what was held out: the mean bits of every byte of every document."""
+"""Models of bytes, RWKV-4 and a transformer, equally large, and the bits that each needs for a byte of documents."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-from learning_curve_data import SEPARATOR
-from learning_curve_models import predict
+from papers.text import SEPARATOR
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fastwkv.nn import RWKV4
+from fastwkv.nn import RWKV4, RWKV4Config
 
-TOGETHER = 2**14  # bytes in one call of a model
+HEAD = 32  # channels of an attention head, as in the smallest Pythia
+VOCAB = 256  # bytes
+TOGETHER = 2**14  # bytes in one call of a model that is tested
 IGNORED = -100  # as a target
+
+
+def build(name: str, layers: int, width: int, length: int, seed: int) -> nn.Module:
+    """Build a model with the weights that training starts from, for windows of ``length`` bytes."""
+    torch.manual_seed(seed)
+    if name == "rwkv4":
+        return RWKV4(RWKV4Config(layers, width, VOCAB))
+    # What Pythia is, but with all of its small heads turned by position, with which it learns faster.
+    import transformers  # takes seconds, which a call of --help need not
+
+    L, D = layers, width
+    # RWKV-4 has D (13 D + 11) parameters a layer and 4 D more in its norms; a GPT-NeoX layer has 4 D² in attention,
+    # 2 D I + I in the feed-forward, 9 D in biases and norms, and 2 D in the last norm.
+    hidden = round((L * D * (9 * D + 2) + 2 * D) / (L * (2 * D + 1)))
+    config = transformers.GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=D // HEAD,
+        intermediate_size=hidden,
+        max_position_embeddings=length,
+        rotary_pct=1.0,
+        initializer_range=math.sqrt(2 / (5 * D)),  # as in GPT-NeoX's own code
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",
+    )
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the logits ``[B, T, V]`` of windows that have nothing before them."""
+    return model(tokens)[0] if isinstance(model, RWKV4) else model(tokens, use_cache=False).logits
 
 
 @torch.inference_mode()
@@ -27,7 +61,7 @@ def windowed_bits(model: nn.Module, documents: Sequence[bytes], length: int, dev
     nats, rows = 0.0, max(TOGETHER // length, 1)
     for first in range(0, len(windows), rows):
         inputs, targets = zip(*windows[first : first + rows], strict=True)
-        logits = predict(model, pad_sequence(inputs, batch_first=True).to(device))
+        logits = logits_of(model, pad_sequence(inputs, batch_first=True).to(device))
         nats += _nats(logits, pad_sequence(targets, batch_first=True, padding_value=IGNORED))
     return nats / math.log(2) / sum(map(len, documents))
 
