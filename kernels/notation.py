@@ -5,15 +5,16 @@ wkv.py and linear_scan.py hold the mathematics, the adjoints included, for both 
 WKV
 
     w, u            decay rate of a channel, and bonus of a token in its own output
-    num, den, p     state: Σ_i e^{k_i - age_i w} v_i = num e^p, and the same sum without v_i is den e^p; callers know p
-                    as max
+    num, den, p     state: Σ_i e^{k_i - age_i w} v_i = num e^p, and the same sum without v_i is den e^p; callers of the
+                    operators know p as max
     anchor, age     p of a state in registers: p = anchor - age w, where the anchor is the key that p comes from
     gap             p - k_t, the exponent of the past less that of a token
-    weigh           the weights e1 : e2 of two exponents that differ by d: the heavier has 1, the lighter e = e^{-|d|}
-    past, now       those weights, of the past and of the token
+    weigh           find the weights of two exponents that differ by d: the heavier has 1, the lighter e = e^{-|d|}
+    past, now       these weights, of the past and of the token
     absorb          let a state take in a token, or the summary of a chunk
-    fold_age        make one number of anchor - age w, and fold what its rounding cuts off into num and den
-    entry state     a given state whose exponent leaves room for the first tokens, and lift, what it was lowered by
+    fold_age        make one number of anchor - age w; what its rounding cuts off is folded into num and den
+    entry state     a given state, with an exponent that leaves room for the first tokens; its lift is what the exponent
+                    was lowered by
     m, l            mean num / den of the past, and logarithm p + log den of its weight
     s, r            weights of a token in its own output and in the next state, both between 0 and 1
     kept            1 - r, the weight that the past keeps in the next state
@@ -24,19 +25,20 @@ WKV
 Linear scan
 
     a               gate: the number that a state is multiplied by, e^{log a} where its logarithm is given
-    parts           of a number: one if it is real, real and imaginary part if it is complex
-    h + low         number that is carried as a sum of two, h with all its digits and what its roundings have cut off
-    exp_sum, times_sum, plus_sum, rounded_sum   e^x as such a sum, its product, a sum with it, one number made of it
+    parts           real and imaginary part of a complex number; a real number has one part
+    h + low         a number that is carried as a sum of two, low being what the roundings of h have cut off
+    exp_sum         make e^x such a sum; times_sum multiplies a sum, plus_sum adds to it, rounded_sum rounds it to one
+                    number
     q               adjoint: gradient of h that comes from later tokens
     before          h_{t-1} of a token
 
 Both
 
     chunk           tokens that one program goes through, one after the other; chunk_id is its number
-    summary         what a chunk makes of nothing; carry is what enters a chunk
+    summary         what a chunk makes of an empty state; carry is the state that enters a chunk
     row             a token of a tile; ROWS of them are worked on together, and WKV keeps a checkpoint before each tile
-    first, stop     the rows of a tile that are worked on: first is the first of them, stop the one after the last
-    edge            what a token knows of its packed sequence (packing.py)
+    first, stop     the first of the rows of a tile that are worked on, and the one after the last of them
+    edge            a token's packed sequence, and whether it starts or ends there (packing.py)
     field           distance in memory from num to den, from den to p
     constants       what a kernel is compiled for
 """

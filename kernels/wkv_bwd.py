@@ -45,21 +45,20 @@ def _store_tiles(gk_ptr, gv_ptr, offset, tile, gks, gvs, mask, ROWS: tl.constexp
 
 
 @triton.jit
-def _store_ginitial(ginitial_ptr, initial_ptr, n, C, c, mask, field, adjoint):
-    """Write the gradients of the state that sequence n was given."""
+def _store_ginitial(ptr, lift_ptr, field, mask, adjoint):
+    """Write the gradients of a state that was given."""
     gm, gl = adjoint
-    at = ginitial_ptr + n * C + c
-    lift_ptr = initial_ptr + 3 * field + n * C + c
-    tl.store(at, lifted(gm, lift_ptr, mask), mask=mask)
-    tl.store(at + field, lifted(gl, lift_ptr, mask), mask=mask)
+    tl.store(ptr, lifted(gm, lift_ptr, mask), mask=mask)
+    tl.store(ptr + field, lifted(gl, lift_ptr, mask), mask=mask)
 
 
 @triton.jit
 def _store_ginitial_at(edge, ginitial_ptr, initial_ptr, C, c, in_c, field, adjoint):
     """Write the gradients of a given state if a packed sequence starts at this token."""
     if is_start(edge):
-        n = (edge >> 2).to(tl.int64)
-        _store_ginitial(ginitial_ptr, initial_ptr, n, C, c, in_sequence(edge, in_c), field, adjoint)
+        at = (edge >> 2).to(tl.int64) * C
+        lift_ptr = initial_ptr + 3 * field
+        _store_ginitial(ginitial_ptr + at + c, lift_ptr + at + c, field, in_sequence(edge, in_c), adjoint)
 
 
 @triton.jit
@@ -158,7 +157,8 @@ def _wkv_bwd_kernel(
         _store_fields(gwu_ptr + chunk_id * C + c, carry_field, sums, in_c)
         if (ginitial_ptr is not None) and (edge_ptr is None):
             if begin == 0:
-                _store_ginitial(ginitial_ptr, initial_ptr, batch, C, c, in_c, field, adjoint)
+                lift_ptr = initial_ptr + 3 * field + batch * C + c
+                _store_ginitial(ginitial_ptr + batch * C + c, lift_ptr, field, in_c, adjoint)
 
 
 def wkv_bwd(

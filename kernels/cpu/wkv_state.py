@@ -60,7 +60,7 @@ def empty_state(sums):
 
 @inlined
 def load_fields(num_ptr, den_ptr, p_ptr, index, sums):
-    """Read num, den and p from memories of their own. An infinite negative p takes all weight from num and den."""
+    """Read num, den and p from memories of their own. A p of -inf takes all weight from num and den."""
     num, den, p = load(num_ptr, index, sums), load(den_ptr, index, sums), load(p_ptr, index, sums)
     gone = p < NO_PAST
     return select(gone, num * 0.0, num), select(gone, den * 0.0, den), select(gone, NO_PAST, p)
