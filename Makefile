@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curve test gpu gpu-ready lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer computed clean
+.PHONY: curve test docs gpu gpu-ready lint format ops accuracy compiled lru_steps hf_speed learning_curve decode lru_layer computed clean
 
 curve: .venv/ready  ## cumulative generation time, RWKV-4 against transformers
 	$(BIN)/python bench/gen_time.py
 
 test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+docs: .venv/docs-ready  ## these pages and those of every public name, in build/docs
+	$(BIN)/python docs/tools/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 gpu: .venv/ready  ## tests, sanitizers and benchmarks on a GPU, or those of PART=...
 	$(BIN)/python bench/gpu.py $(PART)
@@ -32,6 +36,10 @@ computed: .venv/ready  ## what is computed for GPUs, without one, into bench/res
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""How far the operators and their gradients are from the float64 reference: this package beside its peers.
+"""Errors of the operators and their gradients against the float64 reference: this package beside its peers.
 
 Error: ‖result - reference‖₂ / ‖reference‖₂, for the output and for the gradients of the inputs and the initial state
 (of WKV's, the three fields as one vector) of the loss Σ gy·y. The reference is a float64 loop under autograd, on the
@@ -14,12 +14,14 @@ or a = 1 and positive x. In bfloat16 all but the state are; fla takes log a, in 
 Without a GPU the Triton kernels are interpreted on the CPU. That takes long, so only the others get long sequences.
 """
 
-import argparse
 import os
 import sys
 import warnings
+from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,12 +32,12 @@ if not GPU:
 
 try:
     from common import result_file
-    from common.about import about_device, about_run
-    from common.command_line import COMPLEX_DTYPES, DTYPES, add_out, names, parser_of, positive
+    from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, add_list, positive
     from common.interpreted import interpreted_kernels, rounding_interpreter, untuned
-    from peers.operator import Inputs, Operator, Shape, relative_error
+    from common.program import Program
+    from peers.operator import Inputs, Operator, Shape, reason, relative_error
     from peers.operators import OPERATORS
-    from peers.provider import Provider, not_installed
+    from peers.provider import OURS, Provider, not_installed
     from torch import Tensor
     from tqdm import tqdm
 except ImportError as error:
@@ -44,12 +46,12 @@ except ImportError as error:
 ALL_DTYPES = DTYPES | COMPLEX_DTYPES
 INPUTS = ("ordinary", "adversarial")
 DEVICE = torch.device("cuda" if GPU else "cpu")
-NO_PEERS = ("fastwkv", "reference")  # the first is here twice, the second is what the others are compared with
+NO_PEERS = (OURS, "reference")  # the first is here twice, the second is what the others are compared with
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An implementation, how it is named and run here."""
+    """An implementation, its name and the way it runs here."""
 
     label: str
     provider: Provider
@@ -67,7 +69,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator, its inputs and who is measured on them."""
+    """An operator, its inputs and the subjects that are measured on them."""
 
     operator: Operator
     kind: str
@@ -77,10 +79,10 @@ class Case:
 
 
 def subjects(operator: Operator) -> dict[str, Subject]:
-    """Return who can be measured, by the name that --providers takes."""
+    """Return all that can be measured, by the name that --providers takes."""
     cpu = torch.device("cpu")
     interpreted = "" if GPU else ", interpreted"
-    ours = operator.providers["fastwkv"]
+    ours = operator.providers[OURS]
     found = {
         "fastwkv-cpu": Subject("fastwkv (CPU)", ours, cpu),
         "fastwkv-triton": Subject(f"fastwkv (Triton{interpreted})", ours, DEVICE, not GPU, kernels=True),
@@ -121,13 +123,13 @@ def measure(name: str, case: Case, inputs: Inputs, wanted: dict[str, Tensor]) ->
     B, T, C = case.shape
     row: dict[str, Any] = {"op": operator.name, "inputs": case.kind, "dtype": case.dtype, "B": B, "T": T, "C": C}
     row |= {"provider": name, "label": subject.label, "status": "ok", "reason": None, "errors": None, "bounds": None}
-    if reason := subject.missing(inputs):
-        return row | {"status": "unavailable", "reason": reason}
+    if why := subject.missing(inputs):
+        return row | {"status": "unavailable", "reason": why}
     try:
         row["errors"] = errors(subject, operator, inputs, wanted)
     except Exception as error:
-        return row | {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    if name.startswith("fastwkv"):
+        return row | {"status": "failed", "reason": reason(error)}
+    if name.startswith(OURS):
         row["bounds"] = operator.allowed(case.kind, case.dtype, T)
         beyond = [one for one in operator.results if not row["errors"][one] <= row["bounds"][one]]  # NaN is beyond
         if beyond:
@@ -135,56 +137,7 @@ def measure(name: str, case: Case, inputs: Inputs, wanted: dict[str, Tensor]) ->
     return row
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Lay the rows out in markdown, one table an operator and dtype; below it who is not available."""
-    texts = []
-    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
-        operator = OPERATORS[op]
-        here = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
-        lines = []
-        for row in (row for row in here if row["status"] != "unavailable"):
-            measured = row["errors"] is not None
-            label = row["label"] if measured else f"{row['label']}: {row['reason']}"
-            numbers = [f"{row['errors'][name]:.1e}" if measured else "" for name in operator.results]
-            lines.append([f"{row['inputs']}, T = {row['T']}", label, *numbers])
-        head = ["inputs", "implementation", *operator.results[:-1], "initial state"]
-        texts += [f"{op}, {dtype}"] + ([result_file.markdown(head, lines, texts=2)] if lines else [])
-        texts += result_file.unavailable(here, "label")
-    return "\n\n".join(texts)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = parser_of("accuracy.py", __doc__)
-    option = parser.add_argument
-    everyone = list(dict.fromkeys(name for operator in OPERATORS.values() for name in subjects(operator)))
-    listed = {"metavar": "LIST", "help": "comma-separated, of %(default)s (default: all)"}
-    option("--ops", type=names("operator", OPERATORS), default=",".join(OPERATORS), **listed)
-    option("--providers", type=names("provider", everyone), default=",".join(everyone), **listed)
-    option("--inputs", type=names("kind of inputs", INPUTS), default=",".join(INPUTS), **listed)
-    dtypes = "; ".join(f"{name}: {','.join(operator.accuracy_dtypes)}" for name, operator in OPERATORS.items())
-    text = f"comma-separated, of {', '.join(ALL_DTYPES)} (default: {dtypes})"
-    option("--dtypes", type=names("dtype", ALL_DTYPES), metavar="LIST", help=text)
-    option("--tokens", type=positive, default=1024, metavar="N", help="T for everyone (default: 1024)")
-    option(
-        "--long",
-        type=positive,
-        default=8192,
-        metavar="N",
-        help="T of the adversarial inputs for all that are not interpreted (default: 8192)",
-    )
-    option("--channels", type=positive, default=32, metavar="N", help="C (default: 32); B is 1")
-    option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
-    add_out(parser)
-    args = parser.parse_args(arguments)
-    args.cases = [case for name in args.ops for case in _cases(OPERATORS[name], args)]
-    if not args.cases:
-        parser.error("nothing to measure: no operator of --ops has one of --dtypes and one of --providers")
-    result_file.check(args.out / "accuracy.json", about_device(DEVICE), parser)
-    return args
-
-
-def _cases(operator: Operator, args: argparse.Namespace) -> list[Case]:
+def _cases(operator: Operator, args: Namespace) -> list[Case]:
     """Return what is asked for and exists: an operator leaves out the dtypes and providers that it has not."""
     everyone = {name: subject for name, subject in subjects(operator).items() if name in args.providers}
     quick = {name: subject for name, subject in everyone.items() if not subject.interpreted}
@@ -195,37 +148,81 @@ def _cases(operator: Operator, args: argparse.Namespace) -> list[Case]:
     return [Case(operator, kind, dtype, (1, T, args.channels), found) for kind, dtype, T, found in plan if found]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    args = parse(arguments)
-    packages = {subject.provider.distribution for case in args.cases for subject in case.subjects.values()} - {None}
-    record = {**about_run("accuracy", DEVICE, {"seed": args.seed}, sorted(packages)), "rows": []}
-    rows = record["rows"]
-    total = sum(len(case.subjects) for case in args.cases)
-    with tqdm(total=total, unit=" rows", disable=None) as bar, warnings.catch_warnings():
-        # The interpreter computes with NumPy, which warns of what a GPU does in silence.
-        warnings.filterwarnings("ignore", message="divide by zero|invalid value|overflow", module="triton")
-        for case in args.cases:
-            inputs = case.operator.draw(case.kind, case.shape, ALL_DTYPES[case.dtype], args.seed)
-            wanted = case.operator.expected(inputs, state=True)
-            for name, subject in case.subjects.items():
-                bar.set_description(f"{case.operator.name}, {subject.label}, T = {case.shape[1]}")
-                rows.append(measure(name, case, inputs, wanted))
-                bar.update()
-    result_file.write(args.out / "accuracy.json", record)
-    print(f"\n{tables(rows)}\n\nwrote {args.out / 'accuracy.json'}")
-    wrong = [
-        row for row in rows if row["provider"].startswith("fastwkv") and row["status"] not in ("ok", "unavailable")
-    ]
-    for row in wrong:
-        case = f"{row['label']}, {row['op']}, {row['inputs']}, {row['dtype']}, T = {row['T']}"
-        print(f"accuracy.py: {case}: {row['status']} ({row['reason']})", file=sys.stderr)
-    return int(bool(wrong))
+class Accuracy(Program):
+    """The program."""
 
+    name = "accuracy"
+    chooses_device = False
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        everyone = list(dict.fromkeys(name for operator in OPERATORS.values() for name in subjects(operator)))
+        add_list(parser, "--ops", "operator", OPERATORS, OPERATORS)
+        add_list(parser, "--providers", "provider", everyone, everyone)
+        add_list(parser, "--inputs", "kind of inputs", INPUTS, INPUTS)
+        dtypes = "; ".join(f"{name}: {','.join(operator.accuracy_dtypes)}" for name, operator in OPERATORS.items())
+        add_list(parser, "--dtypes", "dtype", ALL_DTYPES, said=dtypes)
+        option = parser.add_argument
+        option("--tokens", type=positive, default=1024, metavar="N", help="T for everyone (default: 1024)")
+        text = "T of the adversarial inputs for all that are not interpreted (default: 8192)"
+        option("--long", type=positive, default=8192, metavar="N", help=text)
+        option("--channels", type=positive, default=32, metavar="N", help="C (default: 32); B is 1")
+        option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+
+    @classmethod
+    def complete(cls, args: Namespace, parser: Parser) -> None:
+        args.cases = [case for name in args.ops for case in _cases(OPERATORS[name], args)]
+        if not args.cases:
+            parser.error("nothing to measure: no operator of --ops has one of --dtypes and one of --providers")
+
+    def settings(self) -> dict[str, Any]:
+        return {"seed": self.args.seed}
+
+    def packages(self) -> Iterable[str]:
+        found = {subject.provider.distribution for case in self.args.cases for subject in case.subjects.values()}
+        return sorted(found - {None})
+
+    def run(self) -> None:
+        total = sum(len(case.subjects) for case in self.args.cases)
+        with tqdm(total=total, unit=" rows", disable=None) as bar, warnings.catch_warnings():
+            # The interpreter computes with NumPy, which warns of what a GPU does in silence.
+            warnings.filterwarnings("ignore", message="divide by zero|invalid value|overflow", module="triton")
+            for case in self.args.cases:
+                inputs = case.operator.draw(case.kind, case.shape, ALL_DTYPES[case.dtype], self.args.seed)
+                wanted = case.operator.expected(inputs, state=True)
+                for name, subject in case.subjects.items():
+                    bar.set_description(f"{case.operator.name}, {subject.label}, T = {case.shape[1]}")
+                    self.add(measure(name, case, inputs, wanted))
+                    bar.update()
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        rows, texts = record["rows"], []
+        for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+            names = OPERATORS[op].results
+            here = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
+            lines = []
+            for row in (row for row in here if row["status"] != "unavailable"):
+                errors = row["errors"] or {}
+                title = row["label"] if errors else f"{row['label']}: {row['reason']}"
+                numbers = [result_file.cell(errors.get(name), ".1e") for name in names]
+                lines.append([f"{row['inputs']}, T = {row['T']}", title, *numbers])
+            head = ["inputs", "implementation", *names[:-1], "initial state"]
+            texts += [f"{op}, {dtype}"] + ([result_file.markdown(head, lines, texts=2)] if lines else [])
+            label = itemgetter("label")
+            missing = [row for row in here if row["status"] == "unavailable"]
+            texts += result_file.not_ok(missing, label, label)
+        return "\n\n".join(texts)
+
+    @classmethod
+    def complaint(cls, row: dict[str, Any]) -> str | None:
+        if not row["provider"].startswith(OURS) or row["status"] in ("ok", "unavailable"):
+            return None
+        case = f"{row['label']}, {row['op']}, {row['inputs']}, {row['dtype']}, T = {row['T']}"
+        return f"{case}: {row['status']} ({row['reason']})"
+
+
+main = Accuracy.main
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing written", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

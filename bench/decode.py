@@ -1,4 +1,4 @@
-"""How fast RWKV-4 generates, as a fraction of what reading its weights allows, and how fast it reads a long prompt.
+"""Speed of RWKV-4 when it generates, as a fraction of the speed that reading its weights allows, and on a long prompt.
 
 "decode" is fastwkv.nn.generate with a state carried. The time of a token is that between the third, after which all are
 alike, and the last, for which alone the host waits, over their number; then the median of the rounds, in which a run
@@ -20,9 +20,9 @@ import sys
 from typing import Any
 
 try:
-    from common import program, result_file
-    from common.about import about_device, about_run
-    from common.command_line import DTYPES, add_device, add_out, device, names, parser_of, positive
+    from common.command_line import DTYPES, Parser, add_list, positive
+    from common.program import Program
+    from common.result_file import cell, markdown, not_ok
     from generation import models
     from generation.decode import EMPTY, decode_rows, parameters_read, prefill_row
     from timing import by_turns, on_gpu
@@ -30,35 +30,48 @@ try:
 except ImportError as error:
     sys.exit(f"decode.py: {error}; pip install -e '.[bench]' installs what it needs")
 
-TOKENS, QUICK_TOKENS = 128, 8
-PREFILL, QUICK_PREFILL = 16384, 64
-ROUNDS, QUICK_ROUNDS = 5, 2
+USUAL = {"tokens": 128, "prefill": 16384, "rounds": 5}
+QUICK = {"tokens": 8, "prefill": 64, "rounds": 2}
+GRAPH = {True: ", graph", False: ", no graph", None: ""}
+Row = dict[str, Any]
 
 
-class Run:
-    """One call of the program and the file that it writes."""
+class Decode(Program):
+    """The program; how it measures stands in generation/decode.py."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Take the copy bandwidth; no model is built yet."""
-        self.args = args
+    name = "decode"
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        add_list(parser, "--sizes", "size", models.SIZES, said="on a GPU 169m,3b, on a CPU 169m")
+        add_list(parser, "--dtypes", "dtype", DTYPES, said="on a GPU float32,bfloat16, on a CPU float32")
+        option("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
+        for name, text in (("tokens", "to be timed "), ("prefill", "tokens of the long prompt "), ("rounds", "")):
+            text += f"(default: {USUAL[name]}, with --quick {QUICK[name]})"
+            option(f"--{name}", type=positive, metavar="N", help=text)
+        option("--temperature", type=temperature, default=1.0, metavar="X", help="0 takes the most likely (default: 1)")
+        text = "a tiny model and short sequences: seconds, and no measure of anything"
+        option("--quick", action="store_true", help=text)
+        option("--seed", type=int, default=0, metavar="N", help="of weights, prompt and draws (default: 0)")
+
+    @classmethod
+    def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
         gpu = args.device.type == "cuda"
-        self.rows: list[dict[str, Any]] = []
-        shown = ("batch", "tokens", "rounds", "temperature", "seed", "quick")
-        settings = {name: getattr(args, name) for name in shown} | {"prefill_tokens": args.prefill}
-        self.about = {
-            **about_run("decode", args.device, settings),
-            "limit": "weight_bytes / copy_gbps, which counts bytes read and bytes written",
-            "copy_gbps": (
-                on_gpu.copy_bandwidth(on_gpu.Cuda(args.device)) if gpu else by_turns.copy_bandwidth(args.device)
-            ),
-        }
+        args.sizes = args.sizes or (["tiny"] if args.quick else ["169m", "3b"] if gpu else ["169m"])
+        args.dtypes = args.dtypes or (["float32", "bfloat16"] if gpu else ["float32"])
+        for name, number in (QUICK if args.quick else USUAL).items():
+            setattr(args, name, getattr(args, name) or number)
 
-    def save(self) -> None:
-        """Write decode.json."""
-        result_file.write(self.args.out / "decode.json", {**self.about, "rows": self.rows})
+    def settings(self) -> Row:
+        shown = ("batch", "tokens", "rounds", "temperature", "seed", "quick")
+        return {name: getattr(self.args, name) for name in shown} | {"prefill_tokens": self.args.prefill}
 
     def run(self) -> None:
-        """Measure every size and dtype, one model in memory at a time."""
+        place = self.args.device
+        gpu = place.type == "cuda"
+        self.about["limit"] = "weight_bytes / copy_gbps, which counts bytes read and bytes written"
+        self.about["copy_gbps"] = on_gpu.copy_bandwidth(on_gpu.Cuda(place)) if gpu else by_turns.copy_bandwidth(place)
         cases = [(size, dtype) for size in self.args.sizes for dtype in self.args.dtypes]
         for size, dtype in tqdm(cases, disable=None):
             common = {"size": size, "dtype": dtype, "batch": self.args.batch}
@@ -67,63 +80,43 @@ class Run:
             except Exception as error:
                 if not models.is_out_of_memory(error):
                     raise
-                failed = {"pass": "decode", **common, **EMPTY, "status": "failed", "reason": "out of memory"}
-                self.rows.append(failed)
-            self.save()
+                self.add({"pass": "decode", **common, **EMPTY, "status": "failed", "reason": "out of memory"})
 
-    def _measure(self, size: str, dtype: str, common: dict[str, Any]) -> None:
+    def _measure(self, size: str, dtype: str, common: Row) -> None:
         args = self.args
         model = models.build("rwkv4", models.SIZES[size], 0, args.device, DTYPES[dtype], args.seed)
         common = {**common, "weight_bytes": parameters_read(model, args.batch)}
         for row in decode_rows(model, args, self.about["copy_gbps"]):
-            self.rows.append({"pass": "decode", **common, **row})
-            self.save()
-        self.rows.append({"pass": "prefill", **common, **prefill_row(model, args)})
+            self.add({"pass": "decode", **common, **row})
+        self.add({"pass": "prefill", **common, **prefill_row(model, args)})
+
+    @classmethod
+    def table(cls, record: Row) -> str:
+        head = ["", "", "ms", "tokens/s", "of the limit", "peak MB"]
+        lines = [
+            [
+                _case(row),
+                row["pass"] + GRAPH[row["graph"]],
+                *(cell(row[key], ".4g") for key in ("ms", "tokens_per_second")),
+                cell(row["fraction"], ".2f"),
+                cell(row["peak_bytes"] and row["peak_bytes"] / 1e6, ",.0f"),
+            ]
+            for row in record["rows"]
+            if row["status"] == "ok"
+        ]
+
+        def what(row: Row) -> str:
+            return f"{_case(row)}, {row['pass']}{GRAPH[row['graph']]}"
+
+        return "\n".join([markdown(head, lines, texts=2), *not_ok(record["rows"], what, what)])
+
+    @classmethod
+    def complaint(cls, row: Row) -> str | None:
+        return f"{row['size']} {row['dtype']}: {row['reason']}" if row["status"] == "wrong" else None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out what was measured in markdown."""
-    head = ["", "", "ms", "tokens/s", "of the limit", "peak memory"]
-    lines, others = [], []
-    for row in rows:
-        what = row["pass"] + {True: ", graph", False: ", no graph", None: ""}[row["graph"]]
-        case = f"{row['size']} {row['dtype']}, batch {row['batch']}"
-        if row["status"] != "ok":
-            others.append(f"{case}, {what}: {row['status']}, {row['reason']}")
-            continue
-        fraction = "" if row["fraction"] is None else f"{row['fraction']:.2f}"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
-        lines.append([case, what, f"{row['ms']:.4g}", f"{row['tokens_per_second']:.4g}", fraction, peak])
-    return "\n".join([result_file.markdown(head, lines, texts=2), *others])
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = parser_of("decode.py", __doc__)
-    option = parser.add_argument
-    add_device(parser)
-    sizes = f"comma-separated, of {', '.join(models.SIZES)} (default: on a GPU 169m,3b, on a CPU 169m)"
-    option("--sizes", type=names("size", models.SIZES), metavar="LIST", help=sizes)
-    dtypes = f"comma-separated, of {', '.join(DTYPES)} (default: on a GPU float32,bfloat16, on a CPU float32)"
-    option("--dtypes", type=names("dtype", DTYPES), metavar="LIST", help=dtypes)
-    option("--batch", type=positive, default=1, metavar="N", help="texts at once (default: 1)")
-    option("--tokens", type=positive, metavar="N", help=f"to be timed (default: {TOKENS}, with --quick {QUICK_TOKENS})")
-    option("--prefill", type=positive, metavar="N", help=f"(default: {PREFILL}, with --quick {QUICK_PREFILL})")
-    option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
-    option("--temperature", type=temperature, default=1.0, metavar="X", help="0 takes the most likely (default: 1)")
-    option("--quick", action="store_true", help="a tiny model and short texts: seconds, and no measure of anything")
-    option("--seed", type=int, default=0, metavar="N", help="of weights, prompt and draws (default: 0)")
-    add_out(parser)
-    args = parser.parse_args(arguments)
-    args.device = device(args.device, parser)
-    gpu = args.device.type == "cuda"
-    args.sizes = args.sizes or (["tiny"] if args.quick else ["169m", "3b"] if gpu else ["169m"])
-    args.dtypes = args.dtypes or (["float32", "bfloat16"] if gpu else ["float32"])
-    args.tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
-    args.prefill = args.prefill or (QUICK_PREFILL if args.quick else PREFILL)
-    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    result_file.check(args.out / "decode.json", about_device(args.device), parser)
-    return args
+def _case(row: Row) -> str:
+    return f"{row['size']} {row['dtype']}, batch {row['batch']}"
 
 
 def temperature(text: str) -> float:
@@ -137,18 +130,7 @@ def temperature(text: str) -> float:
     return number
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status: 1 if a graph gave other tokens."""
-    args = parse(arguments)
-    run = Run(args)
-    status = program.run_and_save(run.run, run.save)
-    print(f"\n{table(run.rows)}\n\nwrote {args.out / 'decode.json'}")
-    program.complain_of_other_work("decode.py", run.rows, args.device)
-    wrong = [row for row in run.rows if row["status"] == "wrong"]
-    for row in wrong:
-        print(f"decode.py: {row['size']} {row['dtype']}: {row['reason']}", file=sys.stderr)
-    return status or int(bool(wrong))
-
+main = Decode.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,43 +1,54 @@
-"""Cumulative time to generate a text, token by token: RWKV-4 against transformers of the same size.
+"""Cumulative time to generate a sequence token by token: RWKV-4 against transformers of the same size.
+
+RWKV-4 carries a state of fixed size. Writes gen_time.png and gen_time.json and prints a table. Without options it takes
+about a minute on two CPU cores.
 
 The measurement of figure 7 of "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048), batch 1. RWKV-4
 carries its state (protocol "recurrent"), by fastwkv.nn.generate; "graph" tells whether its tokens were launches of a
 CUDA graph, which that records with the second token. Transformers are Hugging Face's classes with random weights, under
-two protocols: "recompute" reads the whole text again for every token, which is what the paper measured, and "kv-cache"
-carries keys and values, which is what people run.
+two protocols: "recompute" reads the whole sequence again for every token, as the paper measured, and "kv-cache" carries
+keys and values, as people run them.
 
-What is timed. From handing over the prompt to having each new token, with the device synchronised after each; the
-first token includes reading the prompt. Some tokens are generated beforehand and not counted. A series of few seconds
-runs several times, and a token's time is the median of its times over these passes, so that what else the machine does
-shows less. Python's garbage collector waits meanwhile, as in timeit.
+Each time is from handing over the prompt to having the new token, with the device synchronised after each; the first
+token includes reading the prompt. Some tokens are generated beforehand and not counted. A series of few seconds runs
+several times, and a token's time is the median of its times over these passes, so that other work of the machine shows
+less. Python's garbage collector waits meanwhile, as in timeit.
 
-What is fitted. The exponent is the slope of log(cumulative seconds) against log(tokens), both counted from the first
-token, which also had the prompt to read; by least squares over the tokens from an eighth of the way on, each weighted
-by 1/token, so that every octave counts the same.
+The exponent is the slope of log(cumulative seconds) against log(tokens), both counted from the first token, which also
+had the prompt to read; by least squares over the tokens from an eighth of the way on, each weighted by 1/token, so that
+every octave counts the same. Fewer than 16 tokens have none.
+
+Examples, whose weights are random, since time does not depend on them:
+
+  python bench/gen_time.py
+  python bench/gen_time.py --size 169m --tokens 256 --models rwkv4,opt,bloom
+  python bench/gen_time.py --device cuda --size 3b --dtype bfloat16 --protocols kv-cache --out results
+  python bench/gen_time.py --tokens 16384 --protocols kv-cache --minutes 8
 """
 
-import argparse
 import gc
-import json
+import importlib.util
 import math
-import re
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 try:
     import torch
     from common import program
-    from common.about import about_run
-    from common.result_file import replace
+    from common.command_line import DTYPES, Parser, add_list, positive
     from generation import figure, models
-    from generation.options import parse
-    from generation.series import FIT, PASSES, Series, measure, table
+    from generation.series import DIGITS, FIT, PASSES, Series, measure, table
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"gen_time.py: {error}; pip install -e '.[bench]' installs what it needs")
 
+PROMPT = "Alice was beginning to get very tired of sitting by her sister on the bank"
+PROTOCOLS = ("recompute", "kv-cache")
+LARGE_GPU = 40e9  # bytes: room for the 3b models of the paper in float32, 12 GB each, their cache and their logits
 WARM_UP = 64  # tokens
 SAVE_EVERY = 2.0  # seconds
 
@@ -46,12 +57,15 @@ class OutOfTimeError(Exception):
     """The minutes that were given are over."""
 
 
-class Run:
-    """All series of one call of the program, and the files they are written to."""
+class GenTime(program.Program):
+    """The program; how a series is timed stands in generation/series.py."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    name = "gen_time"
+    rows_key = "series"
+    digits = DIGITS
+
+    def __init__(self, args: Namespace) -> None:
         """Read the settings; nothing is built yet."""
-        self.args = args
         self.size = models.SIZES[args.size]
         self.series = [
             Series(name, protocol)
@@ -60,7 +74,42 @@ class Run:
         ]
         self.saved = time.monotonic()
         self.deadline = math.inf if args.minutes is None else self.saved + 60 * args.minutes
-        settings = {
+        super().__init__(args)
+        self.about["fit"] = FIT
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        sizes = ", ".join(f"{name} ({size.layers} layers, width {size.width})" for name, size in models.SIZES.items())
+        text = f"{sizes} (default: tiny on a CPU; on a GPU 3b or, below 40 GB, 430m)"
+        option("--size", choices=models.SIZES, metavar="NAME", help=text)
+        option("--tokens", type=positive, default=1024, metavar="N", help="how many to generate (default: 1024)")
+        text = f"{', '.join(DTYPES)} (default: float32)"
+        option("--dtype", choices=DTYPES, default="float32", metavar="NAME", help=text)
+        # gpt-neox is the architecture of Pythia
+        add_list(parser, "--models", "model", models.MODELS, ["rwkv4", "gpt-neox"])
+        add_list(parser, "--protocols", "protocol", PROTOCOLS, ["kv-cache", "recompute"], said="both")
+        text = "file to continue, its bytes as tokens (default: half a sentence)"
+        option("--prompt", type=Path, metavar="FILE", help=text)
+        text = "what is not measured by then is left out (default: no limit)"
+        option("--minutes", type=positive, metavar="N", help=text)
+        option("--seed", type=int, default=0, metavar="N", help="of the random weights (default: 0)")
+
+    @classmethod
+    def complete(cls, args: Namespace, parser: Parser) -> None:
+        args.size = args.size or _default_size(args.device)
+        try:
+            args.text = PROMPT.encode() if args.prompt is None else args.prompt.read_bytes()
+        except OSError as error:
+            parser.error(f"cannot read the prompt {str(args.prompt)!r}: {error.strerror}")
+        if not args.text:
+            parser.error(f"the prompt {str(args.prompt)!r} is empty")
+        if set(args.models) & set(models.TRANSFORMERS) and not importlib.util.find_spec("transformers"):
+            parser.error("transformers is not installed; pip install -e '.[bench]', or run with --models rwkv4")
+
+    def settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
             "size": args.size,
             "layers": self.size.layers,
             "width": self.size.width,
@@ -73,14 +122,15 @@ class Run:
             "prompt_tokens": len(args.text),
             "warm_up_tokens": WARM_UP,
         }
-        self.about = {**about_run("gen_time", args.device, settings), "fit": FIT}
 
     def record(self) -> dict[str, Any]:
-        """Return what gen_time.json holds."""
         return {**self.about, "series": [series.record() for series in self.series]}
 
+    def save(self) -> None:
+        super().save()
+        self.saved = time.monotonic()
+
     def run(self) -> None:
-        """Measure every series, one model in memory at a time."""
         self.save()
         for name in self.args.models:
             mine = [series for series in self.series if series.name == name]
@@ -144,16 +194,19 @@ class Run:
         if time.monotonic() > self.deadline:
             raise OutOfTimeError
 
-    def save(self) -> None:
-        """Write gen_time.json, whole or not at all."""
-        text = json.dumps(self.record(), indent=2, ensure_ascii=False)
-        text = re.sub(r"\[[-+\d.,e\s]+\]", lambda match: " ".join(match[0].split()), text)  # a list of numbers: a line
-        replace(self.args.out / "gen_time.json", lambda path: path.write_text(text + "\n"))
-        self.saved = time.monotonic()
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        return table(record["series"], record["settings"]["tokens"])
 
-    def draw(self) -> None:
-        """Write gen_time.png, whole or not at all."""
-        figure.draw(self.record(), self.args.out / "gen_time.png")
+    @classmethod
+    def draw(cls, record: dict[str, Any], folder: Path) -> list[Path]:
+        return [figure.draw(record, folder / "gen_time.png")]
+
+
+def _default_size(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "tiny"
+    return "3b" if torch.cuda.get_device_properties(device).total_memory > LARGE_GPU else "430m"
 
 
 def _free() -> None:
@@ -166,16 +219,7 @@ def _nothing() -> None:
     pass
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    args = parse(arguments)
-    run = Run(args)
-    status = program.run_and_save(run.run, run.save)
-    run.draw()
-    print(f"\n{table(run.series, args.tokens)}\n")
-    print(f"wrote {args.out / 'gen_time.png'} and {args.out / 'gen_time.json'}")
-    return status
-
+main = GenTime.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,13 @@
 """Speed of Hugging Face's RWKV-4 with this package's operator inside: patched against unpatched, by turns.
 
 The model is of the 169M class (12 layers of 768, vocabulary 50277), in float32, with random weights. "train" is a
-forward and backward pass of its loss over a text of 1024 tokens, "prefill" what generate does first: the same text
-without gradients, the logits of its last token and the state after it.
+forward and backward pass of its loss over a sequence of 1024 tokens, "prefill" the first step of generate: the same
+tokens without gradients, the logits of the last one and the state after it.
 
 A third row tells where the rest goes: the patched model with an operator that does no more than add keys and values.
 Nothing that is done to the operator can make the model faster than that.
 
-Each round runs every model once, and a ratio is the median over the rounds, so that whatever else the machine does
+Each round runs every model once, and a ratio is the median over the rounds, so that other work of the machine
 falls on all alike. The first run of each does not count; its logits are compared, and its gradients.
 """
 
@@ -16,15 +16,17 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import truediv
 from statistics import median
 from typing import Any
 from unittest import mock
 
 try:
     import torch
-    from common import program, result_file
-    from common.about import about_device, about_run
-    from common.command_line import add_device, add_out, device, names, parser_of, positive
+    from common.command_line import Parser, add_list, positive
+    from common.program import Program
+    from common.result_file import cell, markdown
+    from peers.operator import WRONG, judged, relative_error
     from timing.by_turns import OtherWork, Task
     from torch import Tensor
     from tqdm import tqdm
@@ -39,7 +41,7 @@ SIZES = {"num_hidden_layers": 12, "hidden_size": 768, "vocab_size": 50277}
 QUICK_SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 256}
 LENGTH, QUICK_LENGTH = 1024, 64
 ROUNDS, QUICK_ROUNDS = 5, 2
-WRONG = 1e-4  # ‖error‖/‖result‖ against the unpatched model: far above rounding, far below any mistake
+DTYPE = "float32"
 THEIRS, OURS, LIMIT = "unpatched", "patched", "patched, free operator"
 
 
@@ -58,7 +60,7 @@ def prefill(model: Any, tokens: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is timed, and how many times faster than unpatched it is meant to be on a CPU."""
+    """A call that is timed, and how many times faster than unpatched it is meant to be on a CPU."""
 
     call: Callable[[Any, Tensor], list[Tensor]]
     goal: float
@@ -81,33 +83,42 @@ def free_operator() -> Any:
 PROVIDERS: dict[str, Callable[[], Any]] = {THEIRS: contextlib.nullcontext, OURS: patch, LIMIT: free_operator}
 
 
-class Run:
-    """One call of the program and the file that it writes."""
+class HFSpeed(Program):
+    """The program."""
+
+    name = "hf_speed"
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Build the model and the text; nothing is timed yet."""
-        self.args = args
-        self.sizes, length = (QUICK_SIZES, QUICK_LENGTH) if args.quick else (SIZES, LENGTH)
-        self.rows: list[dict[str, Any]] = []
+        """Build the model and the tokens; nothing is timed yet."""
+        self.sizes, self.length = (QUICK_SIZES, QUICK_LENGTH) if args.quick else (SIZES, LENGTH)
+        super().__init__(args)
         torch.manual_seed(args.seed)
         with patch():
-            self.model = RwkvForCausalLM(RwkvConfig(**self.sizes, context_length=length)).to(args.device)
-        self.tokens = torch.randint(0, self.sizes["vocab_size"], (1, length), device=args.device)
-        settings = {**self.sizes, "B": 1, "T": length, "dtype": "float32", "seed": args.seed}
-        self.about = about_run("hf_speed", args.device, settings)
+            self.model = RwkvForCausalLM(RwkvConfig(**self.sizes, context_length=self.length)).to(args.device)
+        self.tokens = torch.randint(0, self.sizes["vocab_size"], (1, self.length), device=args.device)
 
-    def save(self) -> None:
-        """Write hf_speed.json."""
-        result_file.write(self.args.out / "hf_speed.json", {**self.about, "rows": self.rows})
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        add_list(parser, "--passes", "pass", PASSES, PASSES)
+        option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
+        text = "a small model and a short sequence: seconds, and no measure of anything"
+        option("--quick", action="store_true", help=text)
+        option("--seed", type=int, default=0, metavar="N", help="of weights and tokens (default: 0)")
+
+    @classmethod
+    def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
+        args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.sizes, "B": 1, "T": self.length, "dtype": DTYPE, "seed": self.args.seed}
 
     def run(self) -> None:
-        """Time every pass."""
         total = len(self.args.passes) * len(PROVIDERS) * (1 + self.args.rounds)
         with tqdm(total=total, disable=None) as bar:
             for name in self.args.passes:
                 bar.set_description(name)
-                self.rows += self._pass(name, bar)
-                self.save()
+                self.add(*self._pass(name, bar))
 
     def _pass(self, name: str, bar: tqdm) -> list[dict[str, Any]]:
         """Run once to compare, then time in rounds; return the rows."""
@@ -121,7 +132,7 @@ class Run:
             if provider == THEIRS:
                 wanted = [result.detach().clone() for result in results]  # gradients live where the next ones go
             elif provider == OURS:
-                errors[provider] = max(map(relative_error, results, wanted))
+                errors[provider] = judged(dict(enumerate(map(relative_error, results, wanted))), DTYPE)["error"]
             bar.update()
         del results, wanted
         for _ in range(self.args.rounds):
@@ -136,7 +147,7 @@ class Run:
                 "pass": name,
                 "provider": provider,
                 **task.figures(),
-                "times_faster": median(map(ratio, tasks[THEIRS].seconds, task.seconds)),
+                "times_faster": median(map(truediv, tasks[THEIRS].seconds, task.seconds)),
                 "goal": goal if provider == OURS else None,
                 "error": errors[provider],
                 "other_cores": cores,
@@ -151,61 +162,25 @@ class Run:
             prepare=lambda: self.model.zero_grad(set_to_none=True),
         )
 
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        head = ["pass", "model", "goal", "ms", "least", "times faster", "error"]
+        lines = []
+        for row in record["rows"]:
+            goal = row["goal"]
+            met = "" if goal is None else f"{goal}, {'reached' if row['times_faster'] >= goal else 'MISSED'}"
+            figures = [f"{row['ms']:.0f}", f"{row['ms_min']:.0f}", f"{row['times_faster']:.2f}"]
+            lines.append([row["pass"], row["provider"], met, *figures, cell(row["error"], ".1e")])
+        return markdown(head, lines, texts=3)
 
-def ratio(numerator: float, denominator: float) -> float:
-    """Divide."""
-    return numerator / denominator
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return ‖actual - expected‖ / ‖expected‖."""
-    actual, expected = actual.detach(), expected.detach()
-    return float((actual - expected).norm() / expected.norm())
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out what was measured in markdown."""
-    head = ["pass", "model", "goal", "ms", "least", "times faster", "error"]
-    lines = []
-    for row in rows:
-        reached = "" if row["goal"] is None else "reached" if row["times_faster"] >= row["goal"] else "MISSED"
-        goal = "" if row["goal"] is None else f"{row['goal']}, {reached}"
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        figures = [f"{row['ms']:.0f}", f"{row['ms_min']:.0f}", f"{row['times_faster']:.2f}", error]
-        lines.append([row["pass"], row["provider"], goal, *figures])
-    return result_file.markdown(head, lines, texts=3)
+    @classmethod
+    def complaint(cls, row: dict[str, Any]) -> str | None:
+        if row["error"] is None or row["error"] <= WRONG[DTYPE]:  # NaN is not
+            return None
+        return f"{row['pass']}: wrong, error {row['error']:.1e} > {WRONG[DTYPE]:.0e}"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = parser_of("hf_speed.py", __doc__)
-    option = parser.add_argument
-    add_device(parser)
-    known = ",".join(PASSES)
-    option("--passes", type=names("pass", PASSES), default=list(PASSES), metavar="LIST", help=f"(default: {known})")
-    option("--rounds", type=positive, metavar="N", help=f"(default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
-    option("--quick", action="store_true", help="a small model and a short text: seconds, and no measure of anything")
-    option("--seed", type=int, default=0, metavar="N", help="of weights and text (default: 0)")
-    add_out(parser)
-    args = parser.parse_args(arguments)
-    args.device = device(args.device, parser)
-    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    result_file.check(args.out / "hf_speed.json", about_device(args.device), parser)
-    return args
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status: 1 if the patched model gave another result."""
-    args = parse(arguments)
-    run = Run(args)
-    status = program.run_and_save(run.run, run.save)
-    print(f"\n{table(run.rows)}\n\nwrote {args.out / 'hf_speed.json'}")
-    program.complain_of_other_work("hf_speed.py", run.rows, args.device)
-    bad = [row for row in run.rows if row["error"] is not None and not row["error"] <= WRONG]
-    for row in bad:
-        print(f"hf_speed.py: {row['pass']}: wrong, error {row['error']:.1e} > {WRONG:.0e}", file=sys.stderr)
-    return status or int(bool(bad))
-
+main = HFSpeed.main
 
 if __name__ == "__main__":
     sys.exit(main())

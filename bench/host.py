@@ -1,4 +1,4 @@
-"""What a call costs the host: the time of Python and PyTorch around kernels that do nothing, in microseconds.
+"""Cost of a call to the host: the time of Python and PyTorch around kernels that do nothing, in microseconds.
 
 A call of torch.ops of an empty operator with the same arguments is PyTorch's own share, with results made beforehand or
 allocated at the call; what an operator takes beyond that is this package's. Each figure is the processor time of this
@@ -9,6 +9,7 @@ nothing take its place; on a GPU the launches are real, and the GPU waits for th
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -16,10 +17,9 @@ from typing import Any
 try:
     import torch
     import triton
-    from common import result_file
-    from common.about import about_run
-    from common.command_line import Parser, add_device, add_out, device, parser_of, positive
-    from common.program import no_garbage_collection
+    from common.command_line import Parser, positive
+    from common.program import Program, no_garbage_collection
+    from common.result_file import cell, markdown
     from machine_code.stand_in import stand_in
 except ImportError as error:
     sys.exit(f"host.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
@@ -30,7 +30,8 @@ from fastwkv.kernels.config import FORWARD_REGISTERS, MIN_CHUNK, Launch
 from fastwkv.kernels.wkv_state import row_constants
 
 Call = Callable[[], object]
-Timed = tuple[str, str, Call]  # what is called, how, and the call
+Row = dict[str, Any]
+Timed = tuple[str, str, Call]  # the name of a call, the way of it, and the call
 
 # Shapes [B, T, C], so small that sums and memory of a CPU take no time. Any GPU takes the second in two chunks.
 SHAPES = {"one chunk": (1, MIN_CHUNK, 64), "two chunks": (1, 2 * MIN_CHUNK, 64)}
@@ -48,7 +49,7 @@ BACKWARD = f"(Tensor w, Tensor u, Tensor k, Tensor v, Tensor f, Tensor g) -> {RE
 
 
 class Inputs:
-    """What the calls of one shape are given, on a device; bfloat16 but for what is [C]."""
+    """Arguments of the calls of one shape, on a device; bfloat16 but for those of shape [C]."""
 
     def __init__(self, shape: tuple[int, int, int], on: torch.device) -> None:
         B, T, C = shape
@@ -61,7 +62,7 @@ class Inputs:
 
 
 class Empty:
-    """Operators of PyTorch like WKV's that do nothing, and what PyTorch needs to differentiate them."""
+    """Operators of PyTorch like WKV's that do nothing, under autograd too."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.library = torch.library.Library("fastwkv_host", "DEF")
@@ -192,7 +193,7 @@ def microseconds(timed: list[Timed], rounds: int, times: int) -> list[float]:
     return [1e6 * seconds for seconds in best]
 
 
-def rows(timed: list[Timed], taken: list[float]) -> list[dict[str, Any]]:
+def rows(timed: list[Timed], taken: list[float]) -> list[Row]:
     """Return a row for each call: its time, and how much of it is not PyTorch's calls of empty operators."""
     of = {(what, how): time for (what, how, _), time in zip(timed, taken, strict=True)}
     forward, backward = (of["torch.ops", how] for how in ("forward", "backward"))
@@ -208,16 +209,6 @@ def rows(timed: list[Timed], taken: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Lay the rows out."""
-    lines = [
-        [row["call"], row["pass"], f"{row['us']:.1f}", "" if beyond is None else f"{beyond:.1f}"]
-        for row in found
-        for beyond in [row["beyond_torch_ops_us"]]
-    ]
-    return result_file.markdown(["call", "pass", "us", "beyond torch.ops"], lines, texts=2)
-
-
 def _launchers_on_cpu() -> torch.library.Library:
     """Put the launchers of a GPU's kernels in the place of the CPU path, until the library is gone."""
     library = torch.library.Library("fastwkv", "IMPL")
@@ -226,7 +217,7 @@ def _launchers_on_cpu() -> torch.library.Library:
     return library
 
 
-def measure(on: torch.device, rounds: int, times: int) -> list[dict[str, Any]]:
+def measure(on: torch.device, rounds: int, times: int) -> list[Row]:
     """Time all calls on a device; for a CPU under a driver that runs nothing."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
@@ -240,30 +231,40 @@ def measure(on: torch.device, rounds: int, times: int) -> list[dict[str, Any]]:
         return rows(timed, microseconds(timed, rounds, times))
 
 
-def _parser() -> Parser:
-    parser = parser_of("host.py", __doc__ or "")
-    add_device(parser)
-    parser.add_argument("--rounds", type=positive, default=20, help="rounds, of which the least counts (default: 20)")
-    parser.add_argument("--times", type=positive, default=200, help="calls of each kind in a round (default: 200)")
-    add_out(parser)
-    return parser
+class Host(Program):
+    """The program."""
+
+    name = "host"
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        option("--rounds", type=positive, default=20, metavar="N", help="the least of them counts (default: 20)")
+        option("--times", type=positive, default=200, metavar="N", help="calls of each kind in a round (default: 200)")
+
+    @classmethod
+    def complete(cls, args: Namespace, parser: Parser) -> None:
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            parser.error("kernels are interpreted here, which is no launch; unset TRITON_INTERPRET")
+
+    def settings(self) -> Row:
+        args = self.args
+        driver = "none" if args.device.type == "cpu" else "the GPU's"
+        versions = {"triton_held": held._KNOWN, "triton": triton.__version__}
+        return {"rounds": args.rounds, "times": args.times, "driver": driver} | versions
+
+    def run(self) -> None:
+        self.add(*measure(self.args.device, self.args.rounds, self.args.times))
+
+    @classmethod
+    def table(cls, record: Row) -> str:
+        head = ["call", "pass", "us", "beyond torch.ops"]
+        numbers = ("us", "beyond_torch_ops_us")
+        lines = [[row["call"], row["pass"], *(cell(row[key], ".1f") for key in numbers)] for row in record["rows"]]
+        return markdown(head, lines, texts=2)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    on = device(given.device, parser)
-    settings = {"rounds": given.rounds, "times": given.times, "driver": "none" if on.type == "cpu" else "the GPU's"}
-    record = about_run("host", on, settings | {"triton_held": held._KNOWN, "triton": triton.__version__})
-    path = given.out / "host.json"
-    result_file.check(path, record["device"], parser)
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        parser.error("kernels are interpreted here, which is no launch; unset TRITON_INTERPRET")
-    record["rows"] = measure(on, given.rounds, given.times)
-    print(table(record["rows"]))
-    result_file.write(path, record)
-    print(f"\nwrote {path}")
-
+main = Host.main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,7 @@ seconds is not asked for more unless named by --providers.
 
 On a CPU the time is that of a call. That of Hugging Face's backward pass, which makes and adds tensors of full size at
 every token, depends on whether the process already has that memory: here it does, from the comparison with the
-reference. By itself, in a fresh process, it takes several times as long. What the first run of each took is recorded as
+reference. By itself, in a fresh process, it takes several times as long. The time of each first run is recorded as
 "ms_first".
 
 GB/s counts compulsory bytes: what has to be read and written if all else stays on the chip. With e bytes an element,
@@ -28,86 +28,68 @@ linear_scan, a multiplier at every token: forward 3e (a, x -> h), backward 5e (a
 and the state read and written; linear_scan_fixed, one multiplier for all: 2e (x -> h), 3e (h, gh -> gx), 5e, and 1e.
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 try:
-    from common import program, result_file
-    from common.about import about_device
-    from common.command_line import Parser, add_device, add_out, device, names, parser_of, positive
+    from common.command_line import Parser, add_list, positive
     from peers.operators import OPERATORS
+    from peers.provider import OURS
     from peers.wkv_cuda_providers import RWKV_CUDA, SOURCES
-    from throughput.figure import draw_all
+    from throughput import figure, table
     from throughput.passes import PASSES
     from throughput.plan import ALL_DTYPES, CPU_PASSES, PROVIDERS, cases, default_shapes, layouts
-    from throughput.run import DeviceLostError, Run
-    from throughput.table import OURS, tables
+    from throughput.run import Run
 except ImportError as error:
     sys.exit(f"ops.py: {error}; pip install -e '.[bench]' installs what it needs")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read and check the command line."""
-    parser = parser_of("ops.py", __doc__)
-    option = parser.add_argument
-    add_device(parser)
-    text = f"BxTxC, BxTxCp for packed documents, comma-separated (default: {default_shapes()})"
-    option("--shapes", type=layouts, metavar="LIST", help=text)
-    dtypes = (f"{name}: {','.join(op.gpu_dtypes)} or {op.default_dtype}" for name, op in OPERATORS.items())
-    for name, kind, known, default, text in (
-        ("--ops", "operator", OPERATORS, list(OPERATORS), "all"),
-        ("--dtypes", "dtype", ALL_DTYPES, None, f"on a GPU or CPU, {'; '.join(dtypes)}"),
-        ("--passes", "pass", PASSES, None, f"on a GPU all, on a CPU {','.join(CPU_PASSES)}"),
-        ("--providers", "provider", PROVIDERS, None, "all"),
-    ):
-        text = f"comma-separated, of {', '.join(known)} (default: {text})"
-        option(name, type=names(kind, known), default=default, metavar="LIST", help=text)
-    option("--rwkv-cuda", type=Path, metavar="DIR", help="transformers/kernels/rwkv, if it is not installed")
-    option("--minutes", type=positive, metavar="N", help="what is not measured by then is left out (default: no limit)")
-    option("--quick", action="store_true", help="fewer repetitions, and one small shape an operator")
-    option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
-    add_out(parser)
-    args = parser.parse_args(arguments)
-    args.device = device(args.device, parser)
-    args.cases = cases(args, parser)
-    _configure(args, parser)
-    result_file.check(args.out / "ops.json", about_device(args.device), parser)
-    return args
+class Ops(Run):
+    """The program; how it measures stands in throughput/run.py."""
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        text = f"BxTxC, BxTxCp for packed documents, comma-separated (default: {default_shapes()})"
+        option("--shapes", type=layouts, metavar="LIST", help=text)
+        dtypes = "; ".join(f"{name}: {','.join(op.gpu_dtypes)} or {op.default_dtype}" for name, op in OPERATORS.items())
+        add_list(parser, "--ops", "operator", OPERATORS, OPERATORS)
+        add_list(parser, "--dtypes", "dtype", ALL_DTYPES, said=f"on a GPU or CPU, {dtypes}")
+        add_list(parser, "--passes", "pass", PASSES, said=f"on a GPU all, on a CPU {','.join(CPU_PASSES)}")
+        add_list(parser, "--providers", "provider", PROVIDERS, said="all")
+        option("--rwkv-cuda", type=Path, metavar="DIR", help="transformers/kernels/rwkv, if it is not installed")
+        text = "what is not measured by then is left out (default: no limit)"
+        option("--minutes", type=positive, metavar="N", help=text)
+        option("--quick", action="store_true", help="fewer repetitions, and one small shape an operator")
+        option("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+
+    @classmethod
+    def complete(cls, args: Namespace, parser: Parser) -> None:
+        args.cases = cases(args, parser)
+        if args.rwkv_cuda and (absent := [name for name in SOURCES if not (args.rwkv_cuda / name).is_file()]):
+            parser.error(f"there is no {absent[0]} in {str(args.rwkv_cuda)!r}")
+        RWKV_CUDA.folder = args.rwkv_cuda
+        RWKV_CUDA.lengths = tuple(case.shape[1] for case in args.cases)
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        rows = record["rows"]
+        return f"{table.tables(rows, record['device']['type'])}\n\n{table.in_short(rows)}"
+
+    @classmethod
+    def draw(cls, record: dict[str, Any], folder: Path) -> list[Path]:
+        return figure.draw(record, folder)
+
+    @classmethod
+    def complaint(cls, row: dict[str, Any]) -> str | None:
+        if row["provider"] != OURS or row["status"] not in ("wrong", "failed"):
+            return None
+        return f"{OURS}, {row['op']}, {row['pass']}, {row['dtype']}: {row['status']} ({row['reason']})"
 
 
-def _configure(args: argparse.Namespace, parser: Parser) -> None:
-    """Tell the peer that is compiled from sources where they are and how long its sequences will be."""
-    if args.rwkv_cuda and (absent := [name for name in SOURCES if not (args.rwkv_cuda / name).is_file()]):
-        parser.error(f"there is no {absent[0]} in {str(args.rwkv_cuda)!r}")
-    RWKV_CUDA.folder = args.rwkv_cuda
-    RWKV_CUDA.lengths = tuple(case.shape[1] for case in args.cases)
-
-
-def measure(run: Run) -> int:
-    """Measure; return the exit status: 1 if the device was lost."""
-    try:
-        run.run()
-    except DeviceLostError as error:
-        print(f"\nops.py: the device is lost: {error}; writing what was measured", file=sys.stderr)
-        return 1
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status: 1 if this package gave a wrong result or none."""
-    args = parse(arguments)
-    run = Run(args)
-    status = program.run_and_save(lambda: measure(run), run.save)
-    written = [args.out / "ops.json", *draw_all({**run.about, "rows": run.rows}, args.out)]
-    print(f"\n{tables(run.rows, args.device.type)}\n\nwrote {', '.join(map(str, written))}")
-    program.complain_of_other_work("ops.py", run.rows, args.device)
-    bad = [row for row in run.rows if row["provider"] == OURS and row["status"] in ("wrong", "failed")]
-    for row in bad:
-        case = f"{row['op']}, {row['pass']}, {row['dtype']}"
-        print(f"ops.py: {OURS}, {case}: {row['status']} ({row['reason']})", file=sys.stderr)
-    return status or int(bool(bad))
-
+main = Ops.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,8 @@
 """Every program of examples/ runs as it stands, prints what it promises and stays short."""
 
+import ast
 import os
+import random
 import re
 import subprocess
 import sys
@@ -41,12 +43,33 @@ def check_huggingface(printed: str) -> None:
     assert texts == [[(first + n) % 10 for n in range(16)] for first in range(3)]  # it has learned to count
 
 
+def check_continue_text(printed: str) -> None:
+    found = losses(printed)
+    assert found[-1] < found[0] / 2
+    size, *texts = printed.splitlines()[len(found) :]
+    read, state = map(int, re.fullmatch(r"(\d+) bytes of text, (\d+) bytes of state", size).groups())
+    assert read == Path(random.__file__).stat().st_size
+    assert 0 <= state - 5 * 2 * 64 * 4 < 1000  # five fields of two layers, and the names of them
+    first, second = map(ast.literal_eval, texts)
+    assert len(first) >= 15  # characters of 60 bytes
+    assert first != second
+
+
+def check_remember(printed: str) -> None:
+    lasting, fading = (int(share) for share in re.findall(r"(\d+)% right$", printed, re.MULTILINE))
+    assert lasting > 95
+    assert fading < 20  # guessing has 12.5
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "blinkdl": check_blinkdl,
     "blinkdl_extension": check_blinkdl_extension,
     "checkpoints": check_checkpoints,
+    "continue_text": check_continue_text,
     "huggingface": check_huggingface,
+    "remember": check_remember,
 }
+SHORTER = {"continue_text": ["--steps", "30"], "remember": ["--delay", "20", "--steps", "60"]}
 NEEDS = {"huggingface": "transformers"}
 
 
@@ -56,7 +79,7 @@ def test_example_prints_what_it_promises(path: Path) -> None:
         pytest.importorskip(NEEDS[path.stem])
     environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(path.relative_to(ROOT))]
+    command = [sys.executable, str(path.relative_to(ROOT)), *SHORTER.get(path.stem, [])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     CHECKS[path.stem](done.stdout)

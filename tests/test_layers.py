@@ -1,4 +1,4 @@
-"""Imports point one way: cli to nn, nn and integrations to ops, ops to kernels; the reference stands alone."""
+"""Imports point one way: cli to nn, nn and integrations to ops, ops to kernels; so do those of the benchmarks."""
 
 from pathlib import Path
 
@@ -20,22 +20,35 @@ ROOMS = {
     "fastwkv.cli": {"fastwkv", "fastwkv._startup", "fastwkv.nn"},
     "fastwkv.__main__": {"fastwkv.cli"},
 }
+BENCH = import_graph(REPOSITORY / "bench")
+# The rooms of the benchmarks, from the lowest; programs stand above them and do not know each other.
+BENCH_ROOMS = {
+    "common": set(),
+    "timing": {"common"},
+    "machine_code": {"common"},
+    "ready": {"machine_code"},
+    "peers": {"ready.peers"},
+    "throughput": {"common", "timing", "peers"},
+    "generation": {"common", "timing"},
+    "layer": {"common", "timing", "peers"},
+    "papers": {"common"},
+    "tuning": {"common", "timing"},
+}
+PROGRAMS = {path.stem for path in (REPOSITORY / "bench").glob("*.py")}
+BENCH_ROOMS |= {program: set(BENCH_ROOMS) for program in PROGRAMS}
+# A few minutes on a GPU: parts of other programs, which gpu.py runs.
+BENCH_ROOMS |= {"piece": {*BENCH_ROOMS["ops"], "ops", "gen_time"}, "gpu": {"piece"}}
 
 
-def test_imports_point_one_way():
-    assert forbidden(PACKAGE, ROOMS) == []
+@pytest.mark.parametrize(("graph", "rooms"), [(PACKAGE, ROOMS), (BENCH, BENCH_ROOMS)], ids=["fastwkv", "bench"])
+def test_imports_point_one_way_and_rooms_are_in_order(graph, rooms):
+    assert forbidden(graph, rooms) == []
+    assert circle(graph) == []
+    assert circle({room: {room_of(name, rooms) for name in allowed} - {room} for room, allowed in rooms.items()}) == []
+    assert {room_of(module, rooms) for module in graph} == set(rooms)
 
 
-def test_no_imports_go_in_a_circle():
-    assert circle(PACKAGE) == []
-
-
-def test_rooms_are_in_order():
-    assert circle({room: {room_of(name, ROOMS) for name in allowed} - {room} for room, allowed in ROOMS.items()}) == []
-
-
-def test_every_room_has_modules_and_every_module_was_read():
-    assert {room_of(module, ROOMS) for module in PACKAGE} == set(ROOMS)
+def test_every_module_was_read():
     folders = (REPOSITORY / "fastwkv", REPOSITORY / "kernels", REPOSITORY / "reference")
     assert len(PACKAGE) == sum(len({p.resolve() for p in folder.rglob("*.py")}) for folder in folders)
 

@@ -1,46 +1,43 @@
-"""What the README shows runs, and what it says of results is in the committed files."""
+"""The README is one page: its code runs as it stands, and its tables are those of the committed results."""
 
-import re
-from pathlib import Path
+import os
+import subprocess
+import sys
 
+import pages
 import pytest
-import torch
-
-from fastwkv.integrations.transformers import unpatch
-
-REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """What the examples write and exchange is gone afterwards."""
     monkeypatch.chdir(tmp_path)
-    yield
-    unpatch()
 
 
-def test_examples_run(elsewhere):
-    pytest.importorskip("transformers")
-    names = {}
-    smaller = {
-        "B, T, C = 8, 1024, 768": "B, T, C = 2, 700, 12",
-        'RWKV4Config.preset("169m")': "RWKV4Config(layers=1, width=12, vocab_size=20)",
-        "generate(model, tokens, 100,": "generate(model, tokens, 3,",
-    }
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        for large, small in smaller.items():
-            code = code.replace(large, small)
-        exec(code, names)
-        names |= {"tokens": torch.zeros(2, 5, dtype=torch.int64), "u": torch.randn(2, 9, 256)}
-        names["u_t"] = names["u"][:, 0]
-    assert names["y_t"].shape == (2, 256)
-    assert names["h"].shape == (2, 700, 12)
-    assert names["logits"].shape == (2, 5, 20)
-    assert names["model"].config.hidden_size == 64
-    assert names["texts"].shape == (3, 12)
+def test_code_runs_block_after_block(elsewhere):
+    names = pages.run("README.md")
+    assert names["y"].shape == names["h"].shape == names["z"].shape == (8, 1024, 768)
+    assert names["carried"].shape == (8, 256)
+    assert 0 <= int(names["token"]) < 256
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|`((?:bench|tests|kernels)/[\w./]+)`", README))
-def test_files_that_are_named_exist(path):
-    assert (REPOSITORY / (path[0] or path[1])).exists()
+def test_files_that_are_named_exist():
+    assert pages.missing("README.md") == []
+
+
+def test_it_is_one_page():
+    assert 450 <= len(pages.prose("README.md").split()) <= 700
+    assert sum(len(block.strip().splitlines()) for block in pages.blocks("README.md")) <= 25
+
+
+def test_first_screen_says_what_has_not_been_measured():
+    first, _, _ = pages.text("README.md").partition("\n## ")
+    assert "**No GPU has measured it yet.**" in first
+    assert "make curve" in first
+    assert "make test" in first
+
+
+def test_tables_of_all_pages_are_those_of_committed_results(tmp_path):
+    """In a process of its own, since the program takes bench/ into its path."""
+    program = str(pages.ROOT / "docs/tools/tables.py")
+    done = subprocess.run([sys.executable, program, "--check"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What a result file says of the machine and the software: enough to judge the numbers, no names of hosts or paths."""
+"""The machine and the software in a result file: enough to judge the numbers, no names of hosts or paths."""
 
 import os
 import platform
@@ -15,8 +15,10 @@ import torch
 PACKAGES = ("fastwkv", "torch", "transformers", "triton", "numba", "numpy")
 
 
-def about_device(device: torch.device) -> dict[str, Any]:
-    """Describe the device that runs the models."""
+def about_device(device: torch.device | None) -> dict[str, Any]:
+    """Describe the device that is measured; None is none: no row is taken for a measurement then."""
+    if device is None:
+        return {"type": "none", "name": "computed, nothing measured"}
     threads = torch.get_num_threads()
     if device.type != "cuda":
         return {"type": device.type, "name": _processor(), "threads": threads}
@@ -32,7 +34,7 @@ def about_device(device: torch.device) -> dict[str, Any]:
 
 
 def about_run(
-    benchmark: str, device: torch.device, settings: dict[str, Any], peers: Iterable[str] = ()
+    benchmark: str, device: torch.device | None, settings: dict[str, Any], peers: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return how the record of a run begins: what was measured where, with which software and settings."""
     return {

@@ -1,6 +1,7 @@
-"""What the command lines of the benchmarks share. Whatever is wrong: one line and status 2."""
+"""Parts of the command lines of the benchmarks. Whatever is wrong with one: one line and status 2."""
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,6 +39,16 @@ def add_out(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help=text)
 
 
+def add_list(
+    parser: Parser, name: str, kind: str, known: Iterable[str], default: Iterable[str] | None = None, said: str = ""
+) -> None:
+    """Add an option that takes some of the ``known`` names; ``said`` is the default where that depends on others."""
+    known, default = list(known), None if default is None else list(default)
+    said = said or ("all" if default == known else ",".join(default or ()))
+    text = f"comma-separated, of {', '.join(known)} (default: {said})"
+    parser.add_argument(name, type=names(kind, known), default=default, metavar="LIST", help=text)
+
+
 def names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
     """Return the type of an option that takes some of the ``known`` names, separated by commas."""
     known = list(known)
@@ -57,6 +68,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def sizes(text: str, example: str) -> tuple[int, ...]:
+    """Read whole numbers of at least 1 that are written like those of the example, 4x1024x768."""
+    count = example.split(" ")[0].count("x")
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{count}}}", text.strip()):
+        raise argparse.ArgumentTypeError(f"expected shapes like {example}, got {text!r}")
+    return tuple(map(int, text.strip().split("x")))
 
 
 def device(name: str | None, parser: Parser) -> torch.device:

@@ -1,14 +1,13 @@
-"""Result files of what is computed for GPUs and measured on none: those of compiled.py, traffic.py and gpu_model.py."""
+"""Result files of programs that compute something for GPUs and measure none: compiled.py, traffic.py, gpu_model.py."""
 
 from pathlib import Path
 from typing import Any
 
 from common import result_file
-from common.about import about_software
+from common.about import about_device, about_software
 from common.command_line import Parser
 
-# In the place of the device that other files name: no row is taken for a measurement.
-DEVICE = {"type": "none", "name": "computed, nothing measured"}
+DEVICE = about_device(None)
 
 
 def check(folder: Path, name: str, parser: Parser) -> None:

@@ -1,4 +1,4 @@
-"""What the figures of the benchmarks share: how they are saved, their titles and panels, labels in the right margin."""
+"""Parts of the figures of the benchmarks: saving, titles and panels, labels in the right margin."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ LABEL_GAP = 40.0  # points from one label to the next
 
 
 class Label(NamedTuple):
-    """What stands in the right margin, beside the end of a line."""
+    """A label in the right margin, beside the end of a line."""
 
     end: tuple[float, float]
     """In the coordinates of the data."""

@@ -1,4 +1,4 @@
-"""Result files of the benchmarks: a record of the run, and rows of one line each."""
+"""Result files of the benchmarks, a record of the run and rows of one line each, and tables of such rows."""
 
 import contextlib
 import json
@@ -10,12 +10,15 @@ from typing import Any
 from common.command_line import Parser, check_writable
 from common.plain_json import plain
 
+Row = dict[str, Any]
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write the record, its ``rows`` last and one line each; whole or not at all."""
-    rows = ",\n".join(f"    {json.dumps(plain(row))}" for row in record["rows"])
-    head = json.dumps(plain({**record, "rows": []}), indent=2)
-    assert head.endswith('"rows": []\n}')
+
+def write(path: Path, record: dict[str, Any], digits: int = 5) -> None:
+    """Write the record, its last entry being rows of one line each; whole or not at all."""
+    key = list(record)[-1]
+    rows = ",\n".join(f"    {json.dumps(plain(row, digits=digits))}" for row in record[key])
+    head = json.dumps(plain({**record, key: []}, digits=digits), indent=2)
+    assert head.endswith("[]\n}")
     text = head.removesuffix("[]\n}") + (f"[\n{rows}\n  ]\n}}\n" if rows else "[]\n}\n")
     replace(path, lambda part: part.write_text(text))
 
@@ -30,13 +33,15 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(path: Path, parser: Parser) -> dict[str, Any]:
-    """Read a record; end the program if the file holds none."""
+def read(path: Path, parser: Parser, benchmark: str | None = None, rows: str = "rows") -> dict[str, Any]:
+    """Read a record, of one benchmark if it is named; end the program if the file holds none."""
     record: Any = None
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(path.read_text())
-    if not isinstance(record, dict) or not {"device", "rows"} <= set(record):
+    if not isinstance(record, dict) or not {"device", rows} <= set(record):
         parser.error(f"{str(path)!r} is not a result of a benchmark")
+    if benchmark and record.get("benchmark") != benchmark:
+        parser.error(f"{str(path)!r} is a result of {record.get('benchmark')}.py")
     return record
 
 
@@ -67,10 +72,22 @@ def markdown(head: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
     return "\n".join([joined(head), f"|{rule}|", *map(joined, lines[1:])])
 
 
-def unavailable(rows: Iterable[dict[str, Any]], key: str) -> list[str]:
-    """Return a line for each reason why some are not available, with whom it concerns."""
+def cell(value: float | None, form: str = ".3g") -> str:
+    """Write a number into a cell of a table, nothing for None."""
+    return "" if value is None else format(value, form)
+
+
+def _provider(row: Row) -> str:
+    return row["provider"]
+
+
+def not_ok(rows: Iterable[Row], case: Callable[[Row], str], who: Callable[[Row], str] = _provider) -> list[str]:
+    """Return a line for each row that is not "ok", but one for each reason why some are not available."""
+    lines: list[str] = []
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         if row["status"] == "unavailable":
-            reasons.setdefault(row["reason"], {})[row[key]] = None
-    return [f"{', '.join(who)}: not available, {reason}" for reason, who in reasons.items()]
+            reasons.setdefault(row["reason"], {})[who(row)] = None
+        elif row["status"] != "ok":
+            lines.append(f"{case(row)}: {row['status']}, {row['reason']}")
+    return lines + [f"{', '.join(names)}: not available, {reason}" for reason, names in reasons.items()]

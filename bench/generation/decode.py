@@ -1,4 +1,4 @@
-"""What decode.py times: tokens with and without a CUDA graph, and a long prompt."""
+"""The measurements of decode.py: tokens with and without a CUDA graph, and a long prompt."""
 
 import argparse
 import gc
@@ -24,7 +24,7 @@ EMPTY = dict.fromkeys(
 
 
 def parameters_read(model: RWKV4, batch: int) -> int:
-    """Return the bytes of all parameters that a token of ``batch`` texts reads: of the embedding, its own rows."""
+    """Return the bytes of all parameters that a token of ``batch`` sequences reads: of the embedding, its own rows."""
     table = model.embeddings.weight
     everything = sum(parameter.nbytes for parameter in model.parameters())
     return int(everything - table.nbytes + min(batch, table.shape[0]) * table[0].nbytes)
@@ -35,7 +35,7 @@ def decode_rows(model: RWKV4, args: argparse.Namespace, copy_gbps: float) -> Ite
     tokens = _tokens(model, args, PROMPT)
     against = why_no_graph(model, args.device)
     ways = [False] if against else [False, True]
-    texts: dict[bool, Tensor] = {}
+    drawn: dict[bool, Tensor] = {}
     others, tasks = OtherWork(), {graph: _task(model, tokens, args, graph) for graph in ways}
     with no_garbage_collection():
         for turn in range(1 + args.rounds):  # the first is not counted, and its tokens are compared
@@ -44,13 +44,13 @@ def decode_rows(model: RWKV4, args: argparse.Namespace, copy_gbps: float) -> Ite
                 if turn:
                     task.seconds.append(seconds)
                 else:
-                    texts[graph] = result
+                    drawn[graph] = result
                 gc.collect()
     cores = others.cores()
     limit = 1e-6 * parameters_read(model, args.batch) / copy_gbps
     for graph, task in tasks.items():
         row = EMPTY | {"graph": graph, "rounds": args.rounds, "other_cores": cores, "status": "ok", "reason": None}
-        if torch.equal(texts[graph], texts[False]):
+        if torch.equal(drawn[graph], drawn[False]):
             ms = 1e3 * median(task.seconds) / args.tokens
             row |= {
                 "ms": ms,

@@ -1,8 +1,6 @@
 """The figure of gen_time.py: cumulative time against tokens, and the memory that is carried from token to token."""
 
-import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 NAMES = {"rwkv4": "RWKV-4", "gpt-neox": "GPT-NeoX", "opt": "OPT", "bloom": "BLOOM", "gpt-neo": "GPT-Neo"}
 # The palette of Okabe and Ito: told apart under every common form of colour blindness.
 COLOURS = {"rwkv4": "#D55E00", "gpt-neox": "#0072B2", "opt": "#009E73", "bloom": "#CC79A7", "gpt-neo": "#E69F00"}
+WIDTH, HEIGHT, ABOVE_AND_BELOW = 14.0, 6.5, 2.6  # inches
+GAP = 43.0  # points from one label to the next
 LINES: dict[str, Json] = {
     "recurrent": {"linestyle": "-", "linewidth": 4.5, "zorder": 3},
     "kv-cache": {"linestyle": (0, (1, 1)), "linewidth": 2.4, "zorder": 4},
@@ -24,25 +24,28 @@ LINES: dict[str, Json] = {
 }
 
 
-def draw(record: Json, path: Path) -> None:
-    """Draw the series of a gen_time.json as ``path``, a PNG, whole or not at all."""
+def draw(record: Json, path: Path) -> Path:
+    """Draw the series of a gen_time.json as ``path``, a PNG, whole or not at all; return it."""
     series = [s for s in record["series"] if s["tokens"] > 0]
-    # "recompute" carries nothing but the text.
+    # "recompute" carries nothing but the tokens.
     carrying = [s for s in series if s["protocol"] != "recompute" and s["state_or_cache_bytes"]]
+    height = max(HEIGHT, ABOVE_AND_BELOW + GAP / 72 * len(series))
     with plt.style.context(STYLE):
-        figure, (time, memory) = plt.subplots(1, 2, figsize=(16, 7))
-        figure.subplots_adjust(left=0.055, right=0.838, top=0.795, bottom=0.105, wspace=0.76)
-        _title(figure, record)
+        figure, (time, memory) = plt.subplots(1, 2, figsize=(WIDTH, height))
+        edges = {"left": 0.06, "right": 0.805, "top": 1 - 1.4 / height, "bottom": 0.75 / height}
+        figure.subplots_adjust(**edges, wspace=1.12)
+        _title(figure, record, height)
         for axes, shown, key in ((time, series, "cumulative_seconds"), (memory, carrying, "state_or_cache_bytes")):
             for one in shown:
                 _line(axes, one, one[key])
             axes.set_xlabel("tokens generated", labelpad=8)
             figures.panel(axes, grid="both")
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
             axes.xaxis.set_major_formatter(_thousands)
-            if shown:
-                axes.set_xlim(0, max(s["tokens"] for s in series))
-        time.set_title("Cumulative seconds, times RWKV-4, and their growth", loc="left", fontsize=14.5, pad=12)
+            axes.set_xlim(0, max((s["tokens"] for s in series), default=1))
+        fitted = any(s["exponent"] is not None for s in series)
+        growth = ", times RWKV-4, and growth" if fitted else " and times RWKV-4 (too few tokens to fit)"
+        time.set_title(f"Seconds{growth}", loc="left", fontsize=14.5, pad=12)
         memory.set_title("Memory of the state, or of the cache", loc="left", fontsize=14.5, pad=12)
         memory.set_yscale("log")
         memory.yaxis.set_major_formatter(lambda value, _: in_bytes(value).replace(".0 ", " "))
@@ -57,23 +60,27 @@ def draw(record: Json, path: Path) -> None:
             memory.set_ylim(min(map(min, sizes)) / 2, 2 * max(map(max, sizes)))
             _labels(memory, carrying, "state_or_cache_bytes", _carried)
         figures.save(figure, path, dpi=150)
+    return path
 
 
 def _thousands(value: float, _: int) -> str:
     return f"{value:,.6g}"
 
 
-def _title(figure: Figure, record: Json) -> None:
+def _title(figure: Figure, record: Json, height: float) -> None:
     settings = record["settings"]
     what = f"{settings['layers']} layers, width {settings['width']}, random weights"
     how = f"batch 1, {settings['dtype']}, prompt of {settings['prompt_tokens']:,} tokens"
-    line = f"Models of the same size ({what})  ·  {how}  ·  {figures.device_name(record['device'])}"
-    figures.title(figure, "Time to generate a text, token by token", line)
+    line = f"Same size ({what})  ·  {how}  ·  {figures.device_name(record['device'])}"
+    heights = 1 - 0.48 / height, 1 - 0.82 / height
+    figures.title(figure, "Time to generate a sequence, token by token", line, heights)
 
 
 def _line(axes: Axes, series: Json, values: list[float]) -> None:
     tokens, colour = range(1, len(values) + 1), COLOURS[series["name"]]
     axes.plot(tokens, values, color=colour, **LINES[series["protocol"]])
+    if len(values) == 1:  # a line of one point does not show
+        axes.plot(tokens, values, "o", color=colour, markersize=9, zorder=5, clip_on=False)
     if series["status"] == "out of memory":
         axes.plot(tokens[-1], values[-1], "X", color=colour, markersize=11, zorder=5, clip_on=False)
 
@@ -87,8 +94,10 @@ def _total(series: Json, rwkv: list[Json]) -> str:
 
 
 def _carried(series: Json) -> str:
-    first, *_, last = sizes = series["state_or_cache_bytes"] * 2
-    return in_bytes(last) + (", at any length" if len(set(sizes)) == 1 else f", from {in_bytes(first)}")
+    sizes = series["state_or_cache_bytes"]
+    if len(sizes) == 1:
+        return in_bytes(sizes[0])
+    return in_bytes(sizes[-1]) + (", at any length" if len(set(sizes)) == 1 else f", from {in_bytes(sizes[0])}")
 
 
 def _labels(axes: Axes, series: list[Json], key: str, detail: Callable[[Json], str]) -> None:
@@ -99,14 +108,10 @@ def _labels(axes: Axes, series: list[Json], key: str, detail: Callable[[Json], s
         name, weight = one["name"], "bold" if one["name"] == "rwkv4" else "normal"
         end = len(one[key]), one[key][-1]
         labels.append(figures.Label(end, f"{NAMES[name]}, {one['protocol']}", text, COLOURS[name], weight))
-    figures.label(axes, labels, figures.LABEL_GAP, low=14)
+    figures.label(axes, labels, GAP, low=14, below_top=10)
 
 
 def _short(value: float, digits: int = 3) -> str:
     """Write a positive number with this many digits, or with all before its point."""
     decimals = max(digits - 1 - math.floor(math.log10(value)), 0)
     return f"{value:,.{decimals}f}"
-
-
-if __name__ == "__main__":  # redraw: gen_time_figure.py gen_time.json gen_time.png
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

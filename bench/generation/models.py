@@ -1,4 +1,4 @@
-"""What gen_time.py times: the models, built with random weights, and one way to generate with each protocol.
+"""The models that gen_time.py times, built with random weights, and one way to generate with each protocol.
 
 A protocol is an iterator. Every step computes one token, greedily, and yields what is carried to the next token; the
 first step reads the prompt as well. All of them compute the logits of the last position only.
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def build(name: str, size: RWKV4Config, positions: int, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Build a model of these layers, width and vocabulary for texts of up to ``positions`` tokens."""
+    """Build a model of these layers, width and vocabulary for sequences of up to ``positions`` tokens."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = _rwkv4(size) if name == RWKV else _transformer(name, size, positions)
@@ -73,7 +73,7 @@ def recurrent(model: RWKV4, tokens: Tensor) -> Iterator[Generation]:
 
 
 def recompute(model: Any, tokens: Tensor) -> Iterator[Tensor]:
-    """Read the whole text again for every token, as the RWKV paper measured; only the text is carried."""
+    """Read the whole sequence again for every token, as the RWKV paper measured; nothing else is carried."""
     while True:
         logits = model(tokens, use_cache=False, logits_to_keep=1).logits
         tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), 1)
@@ -99,7 +99,7 @@ PROTOCOLS: dict[str, Callable[[Any, Tensor], Iterator[Any]]] = {
 
 
 def carried_bytes(carried: Any) -> int:
-    """Bytes of what a protocol carries from one token to the next: a state, a cache or the text."""
+    """Bytes of what a protocol carries from one token to the next: a state, a cache or the tokens."""
     if isinstance(carried, Generation):
         state = carried.state
         assert state is not None

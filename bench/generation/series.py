@@ -1,4 +1,4 @@
-"""One line of the figure of gen_time.py: how it is timed, fitted and tabulated."""
+"""The series of gen_time.py, each a model under a protocol: timing, fit and table."""
 
 import gc
 import time
@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 from common.program import no_garbage_collection
+from common.result_file import markdown
 from generation.models import carried_bytes
 
 FIT = (
     "slope of log(seconds after the first token) on log(tokens after the first), by least squares"
     " over the tokens from 1/8 of the way on, with weights 1/token"
 )
+FEWEST = 16  # tokens that a fit needs
+DIGITS = 7  # of a time: differences of cumulative times are looked at
 PASSES = {"recurrent": 9, "kv-cache": 5, "recompute": 1}  # at most
 REPEAT_FOR = 8.0  # seconds of a series after which no further pass begins
 
@@ -39,8 +42,8 @@ class Series:
         return [float(total) for total in np.cumsum(times)]
 
     def record(self) -> dict[str, Any]:
-        """Return what gen_time.json holds of this series."""
-        cumulative = [float(f"{total:.7g}") for total in self.cumulative]
+        """Return the entry of gen_time.json."""
+        cumulative = [float(f"{total:.{DIGITS}g}") for total in self.cumulative]
         return {
             "name": self.name,
             "protocol": self.protocol,
@@ -56,8 +59,8 @@ class Series:
 
 
 def exponent(cumulative: list[float]) -> float | None:
-    """Return p of cumulative time ~ tokens**p, fitted as FIT says; None for fewer than 16 tokens."""
-    if len(cumulative) < 16:
+    """Return p of cumulative time ~ tokens**p, fitted as FIT says; None for fewer than FEWEST tokens."""
+    if len(cumulative) < FEWEST:
         return None
     n = np.arange(len(cumulative) // 8, len(cumulative))
     seconds = np.array(cumulative)[n] - cumulative[0]
@@ -88,28 +91,36 @@ def measure(
                 tick()
 
 
-def table(series: list[Series], tokens: int) -> str:
-    """Return the summary that the program prints."""
-    marks = [max(tokens // 4, 1), max(tokens // 2, 1), tokens]
-    head = ["", *(f"s at {mark:,}" for mark in marks), "exponent", "ms/token, start", "ms/token, end", "memory", ""]
-    rows = [head]
+def table(series: list[dict[str, Any]], tokens: int) -> str:
+    """Lay out entries of gen_time.json in markdown; ``tokens`` were asked for."""
+    marks = sorted({max(tokens // 4, 1), max(tokens // 2, 1), tokens})
+    head = [
+        "series",
+        "",
+        *(f"s at {mark:,}" for mark in marks),
+        "exponent",
+        "ms/token, start",
+        "ms/token, end",
+        "memory",
+    ]
+    rows = []
     for one in series:
-        cumulative, power = one.cumulative, exponent(one.cumulative)
-        times = np.diff(cumulative) * 1e3 if len(cumulative) > 1 else np.array(cumulative) * 1e3
+        cumulative, carried = one["cumulative_seconds"], one["state_or_cache_bytes"]
+        times = np.diff(cumulative) * 1e3
         window = max(len(times) // 16, 1)
+        ended = "" if one["status"] == "complete" else f"{one['status']} at token {one['tokens']:,}"
+        few = f"needs {FEWEST} tokens" if one["tokens"] else "-"
         rows.append(
             [
-                f"{one.name} {one.protocol}",
+                f"{one['name']} {one['protocol']}",
+                ended,
                 *(f"{cumulative[mark - 1]:.3f}" if len(cumulative) >= mark else "-" for mark in marks),
-                "-" if power is None else f"{power:.3f}",
+                few if one["exponent"] is None else f"{one['exponent']:.3f}",
                 *(f"{np.median(part):.2f}" if len(part) else "-" for part in (times[:window], times[-window:])),
-                in_bytes(one.carried[-1]) if one.carried else "-",
-                "" if one.status == "complete" else f"{one.status} at token {len(cumulative):,}",
+                in_bytes(carried[-1]) if carried else "-",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return markdown(head, rows, texts=2)
 
 
 def in_bytes(count: float) -> str:

@@ -1,5 +1,7 @@
-"""The forms of a whole LRU layer that lru_layer.py measures. They share their parameters and differ in what is between
-the two products: pairs in the dtype of the model, complex64, or a convolution by Fourier transforms.
+"""The forms of a whole LRU layer that lru_layer.py measures.
+
+They share their parameters and differ between the two products: pairs in the dtype of the model, complex64, or a
+convolution by Fourier transforms.
 """
 
 import torch
@@ -14,7 +16,7 @@ class Complex64LRU(LRU):
     """B u and h as complex64, whatever the dtype of the model."""
 
     def forward(self, u: Tensor) -> Tensor:
-        """Run over whole texts, from an empty state."""
+        """Run over whole sequences, from an empty state."""
         h = linear_scan(self._multiplier(u), torch.view_as_complex(self._project(u).float()))
         out = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
         y = F.linear(torch.view_as_real(h).flatten(-2).to(u.dtype), out.to(u.dtype))
@@ -30,7 +32,7 @@ class FFTLRU(LRU):
     """
 
     def forward(self, u: Tensor) -> Tensor:
-        """Run over whole texts, from an empty state."""
+        """Run over whole sequences, from an empty state."""
         batch, length = u.shape[:2]
         size = 2 * length
         into = torch.cat((self.B_re, self.B_im)).float() * self.gamma_log.float().exp().repeat(2)[:, None]

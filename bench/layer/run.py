@@ -1,6 +1,5 @@
 """The measurement of lru_layer.py: a layer in several forms, each first compared with float64, then timed by turns."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 from common.command_line import DTYPES
 from layer.forms import FORMS
-from peers.operator import relative_error
-from throughput.run import WRONG
+from peers.operator import judged, reason, relative_error
 from timing import by_turns
 from timing.by_turns import Task
 from timing.live_bytes import LiveBytes
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from fastwkv.nn import LRU
 
-RING = {"r_min": 0.9, "r_max": 0.999}  # |λ| as for long texts
+RING = {"r_min": 0.9, "r_max": 0.999}  # |λ| as for long sequences
 # This package's CPU path, which tests hold to 1e-12 of a loop; and the Fourier transforms do not know it.
 REFERENCE = "fastwkv.nn.LRU in float64 on the CPU, of the same parameters and tokens"
 COPIES = 16  # of small inputs, at most
@@ -39,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all forms are given: parameters by name, tokens and the gradient of the output."""
+    """The inputs of all forms: parameters by name, tokens and the gradient of the output."""
 
     parameters: dict[str, Tensor]
     u: Tensor
@@ -101,7 +99,7 @@ def named(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 @dataclass
 class Measurement:
-    """How one case is measured. ``done`` is called for every row."""
+    """The measurement of one case. ``done`` is called for every row."""
 
     case: Case
     providers: list[str]
@@ -155,12 +153,7 @@ def _looked_at(task: Task, which: str, wanted: dict[str, Tensor], dtype: str) ->
     task.run()
     results, task.first = task.run()
     errors = {name: relative_error(result.double(), wanted[name]) for name, result in named(results).items()}
-    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
-    found: dict[str, Any] = {"error": errors[worst], "errors": errors}
-    if not errors[worst] <= WRONG[dtype]:  # NaN is not
-        reason = f"error of {worst} {errors[worst]:.1e} > {WRONG[dtype]:.0e}"
-        found |= {"status": "wrong", "reason": reason}
-    return found
+    return judged(errors, dtype)
 
 
 def _memory(form: type[LRU], which: str, inputs: Inputs, cuda: Cuda | None) -> dict[str, Any]:
@@ -183,4 +176,4 @@ def _row(case: Case, which: str, provider: str) -> dict[str, Any]:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    return {"status": "failed", "reason": reason(error)}

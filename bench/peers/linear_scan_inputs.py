@@ -1,9 +1,10 @@
-"""Inputs of the linear scan for the benchmarks, and what the float64 reference makes of them."""
+"""Inputs of the linear scan for the benchmarks, and the results of the float64 reference for them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from peers.operator import CPU, Shape, draws, first_tokens, state_dtype
+from peers import operator
+from peers.operator import CPU, draws, state_dtype
 from torch import Tensor
 
 import fastwkv
@@ -11,34 +12,20 @@ from fastwkv import reference
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One call and the gradient of its output. The initial state is float32 beside 16 bits, all else of one dtype."""
+class Inputs(operator.Inputs):
+    """The inputs of the scan. The initial state is float32 beside 16 bits, all else of one dtype."""
 
     a: Tensor  # [B, T, C], or [C] if it is the same at every token
     x: Tensor
     h0: Tensor
     gh: Tensor
-    cu_seqlens: Tensor | None = None
-
-    @property
-    def shape(self) -> Shape:
-        """B, T, C."""
-        B, T, C = self.x.shape
-        return B, T, C
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of a, x and gh."""
-        return self.x.dtype
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the output."""
         return self.gh
 
     @property
     def states(self) -> tuple[Tensor, ...]:
-        """The initial state."""
         return (self.h0,)
 
     @property
@@ -50,21 +37,6 @@ class Inputs:
     def a_0(self) -> Tensor:
         """The multiplier of the first token, ``[C]`` or ``[B, C]``."""
         return self.a if self.fixed else self.a[:, 0]
-
-    def part(self, tokens: int, channels: slice = slice(None)) -> "Inputs":
-        """Return the first tokens of some channels."""
-        x, gh = self.x[:, :tokens, channels], self.gh[:, :tokens, channels]
-        a = self.a[channels] if self.fixed else self.a[:, :tokens, channels]
-        return Inputs(a, x, self.h0[:, channels], gh, first_tokens(self.cu_seqlens, tokens))
-
-    def packed(self, cu_seqlens: Tensor) -> "Inputs":
-        """Return the same tokens as packed sequences."""
-        return replace(self, cu_seqlens=cu_seqlens.to(self.x.device))
-
-    def on(self, device: torch.device) -> "Inputs":
-        """Return the same on a device."""
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Inputs(*(t.to(device) for t in (self.a, self.x, self.h0, self.gh)), cu_seqlens)
 
 
 def ordinary(

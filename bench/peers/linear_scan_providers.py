@@ -1,4 +1,4 @@
-"""Who computes the linear scan: this package and its peers. The only file that knows how they are called."""
+"""The providers of the linear scan, this package and its peers. No other file knows how they are called."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ class ScanProvider(Provider):
     log_a = False
     """Whether it takes log a in place of a."""
     time = 1
-    """Which dimension is time: 1 in ``[B, T, C]``, 2 in ``[B, C, T]``."""
+    """The dimension of time: 1 in ``[B, T, C]``, 2 in ``[B, C, T]``."""
 
     def refuses(self, which: str, inputs: Inputs) -> str | None:
         if self.gates and inputs.dtype.is_complex:
@@ -73,7 +73,7 @@ class ScanProvider(Provider):
         raise NotImplementedError
 
     def started(self, a: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
-        """Return x with the initial state in its first token, for who takes no initial state."""
+        """Return x with the initial state in its first token, for providers that take no initial state."""
         if h0 is None:
             return x
         first, rest = x.split((1, x.shape[self.time] - 1), self.time)
@@ -99,7 +99,7 @@ class Loop(ScanProvider):
     """A loop over slices taken by ``unbind``, so that its backward pass is linear in T. All in the dtype of x."""
 
     name = "loop"
-    label = "PyTorch loop"
+    label = "PyTorch loop, unbound"
     about = "a plain PyTorch loop over unbind slices"
     loops = True
     longest = 4096
@@ -121,7 +121,7 @@ class AssociativeScan(ScanProvider):
     """PyTorch's own parallel scan: on a CPU a tree of whole-tensor operations, on a GPU a compiled kernel."""
 
     name = "associative_scan"
-    label = "torch associative_scan"
+    label = "PyTorch's associative_scan"
     about = "torch._higher_order_ops.associative_scan: generic on a CPU, pointwise under torch.compile on a GPU"
     longest = 4096
 
@@ -149,7 +149,7 @@ def _tree(compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
 class Reference(ScanProvider):
     """The loop of this package's reference, with float32 sums beside 16 bits."""
 
-    name = label = "reference"
+    name, label = "reference", "fastwkv.reference"
     about = "fastwkv.reference.linear_scan, fastwkv.reference.linear_scan_step"
     packs = loops = True
     longest = 4096
@@ -266,7 +266,7 @@ class AcceleratedScanWarp(AcceleratedScan):
 
 
 class AcceleratedScanTree(AcceleratedScan):
-    """What it compares its kernels with: a tree of whole-tensor operations."""
+    """The tree of whole-tensor operations that it compares its kernels with."""
 
     name = label = "accelerated-scan-ref"
     about = "accelerated_scan.ref.scan"

@@ -1,19 +1,33 @@
-"""What an operator and its inputs are to ops.py and accuracy.py. What each one is says its own file."""
+"""An operator as ops.py and accuracy.py see it: its inputs, passes, bytes, targets and bounds, and its providers.
 
+A new operator is described in one file of this room, as wkv.py is, and listed in operators.py.
+"""
+
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peers.provider import Provider
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
 ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4}  # of what is stored in 16 bits
+# ‖error‖/‖reference‖ beyond which a result is wrong: far above rounding, far below any mistake.
+WRONG = {
+    "float64": 1e-9,
+    "complex128": 1e-9,
+    "float32": 1e-4,
+    "complex64": 1e-4,
+    "float16": 5e-3,
+    "bfloat16": 3e-2,
+}
 GPU_SHAPES: tuple[Shape, ...] = (  # training, then long sequences by themselves
     (8, 1024, 768),
     (8, 4096, 2048),
@@ -26,42 +40,56 @@ GPU_SHAPES: tuple[Shape, ...] = (  # training, then long sequences by themselves
 DOCUMENT = (16, 8192)  # tokens of the shortest and of the longest packed document
 
 
-class Inputs(Protocol):
-    """One call and the gradient of its output."""
+@dataclass(frozen=True)
+class Inputs(ABC):
+    """One call and the gradient of its output, whose tensors ``[B, T, C]``, ``[B, C]`` or ``[C]`` an operator adds."""
+
+    cu_seqlens: Tensor | None = field(default=None, kw_only=True)
+    """Offsets of packed sequences."""
 
     @property
-    def shape(self) -> Shape:
-        """B, T, C."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of what is read and written at every token."""
-
-    @property
+    @abstractmethod
     def gradient(self) -> Tensor:
-        """The gradient of the output."""
+        """The gradient of the output, ``[B, T, C]``."""
 
     @property
+    @abstractmethod
     def states(self) -> tuple[Tensor, ...]:
         """The initial state."""
 
     @property
-    def cu_seqlens(self) -> Tensor | None:
-        """Where packed sequences start and end."""
+    def shape(self) -> Shape:
+        """B, T, C."""
+        B, T, C = self.gradient.shape
+        return B, T, C
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensors that are read and written at every token."""
+        return self.gradient.dtype
 
     def part(self, tokens: int, channels: slice = slice(None)) -> "Inputs":
         """Return the first tokens of some channels."""
+        cut = self._each(lambda t: t[..., channels][:, :tokens] if t.dim() == 3 else t[..., channels])
+        return replace(cut, cu_seqlens=first_tokens(self.cu_seqlens, tokens))
 
     def packed(self, cu_seqlens: Tensor) -> "Inputs":
         """Return the same tokens as packed sequences."""
+        return replace(self, cu_seqlens=cu_seqlens.to(self.gradient.device))
 
     def on(self, device: torch.device) -> "Inputs":
         """Return the same on a device."""
+        moved = self._each(lambda t: t.to(device))
+        return moved if self.cu_seqlens is None else moved.packed(self.cu_seqlens)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cu_seqlens"}
+        return replace(self, **tree_map(change, own))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a pass has to read and write, in numbers for each token and channel."""
+    """Numbers that a pass has to read and write, for each token and channel."""
 
     elements: int
     """In the dtype of the inputs."""
@@ -70,7 +98,7 @@ class Traffic:
 
 
 class Goal(NamedTuple):
-    """What this package should reach on a GPU."""
+    """The speed that this package should reach on a GPU."""
 
     where: Callable[[int, int, int], bool]
     """Whether it is meant for B, T, C."""
@@ -79,7 +107,7 @@ class Goal(NamedTuple):
 
 
 class Operator(ABC):
-    """An operator: its inputs, its reference, what its passes return and move, who computes it."""
+    """An operator: its inputs, its reference, the results and the traffic of its passes, its providers."""
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
@@ -92,10 +120,10 @@ class Operator(ABC):
     gradients: ClassVar[tuple[str, ...]]  # of a provider's leaves, in their order
     results: ClassVar[tuple[str, ...]]  # in the order of tables, the gradient of the initial state last
     traffic: ClassVar[Mapping[str, Traffic]]  # of every pass
-    # How many times faster than a peer this package should be on two CPU cores, by pass, shape and peer.
+    # Speed-ups over a peer that this package should reach on two CPU cores, by pass, shape and peer.
     targets: ClassVar[Mapping[tuple[str, Shape, str], float]] = {}
     goals: ClassVar[tuple[Goal, ...]] = ()
-    # How many times faster than the best peer it should be on a GPU; the first that is meant for a shape counts.
+    # Speed-ups over the best peer that it should reach on a GPU; the first that is meant for a shape counts.
     gpu_ratios: ClassVar[tuple[tuple[Callable[[int, int, int], bool], float], ...]] = ()
     providers: Mapping[str, Provider]
     stateless: Mapping[str, Provider] = MappingProxyType({})
@@ -114,7 +142,7 @@ class Operator(ABC):
 
     @abstractmethod
     def expected_step(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Return what is compared after the first token, which follows the initial state."""
+        """Return all that is compared after the first token, which follows the initial state."""
 
     @abstractmethod
     def allowed(self, kind: str, dtype: str, tokens: int) -> dict[str, float]:
@@ -159,6 +187,20 @@ def relative_error(result: Tensor, wanted: Tensor) -> float:
         raise ValueError(f"expected {expected}, got {got}")
     error, size = (result - wanted).norm().item(), wanted.norm().item()
     return error / size if size else error
+
+
+def judged(errors: dict[Any, float], dtype: str) -> dict[str, Any]:
+    """Return the entries of a row about the errors of its results, whose status is "wrong" if one is too large."""
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    found: dict[str, Any] = {"error": errors[worst], "errors": errors, "status": "ok", "reason": None}
+    if errors[worst] <= WRONG[dtype]:  # NaN is not
+        return found
+    return found | {"status": "wrong", "reason": f"error of {worst} {errors[worst]:.1e} > {WRONG[dtype]:.0e}"}
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, for a row."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def draws(seed: int, device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 peers.add_to_path()
 
+OURS = "fastwkv"  # the provider that is this package
+
 
 class Provider(ABC):
     """One implementation of an operator, with tensors and states in its own form."""
@@ -22,9 +24,9 @@ class Provider(ABC):
     label: str  # in tables of errors
     about: str
     packages: tuple[str, ...] = ()
-    """What has to be installed, by the name that is imported."""
+    """Packages that have to be installed, by the name that is imported."""
     distribution: str | None = None
-    """What records the version that was measured."""
+    """The package whose version the record names."""
     language: str | None = None
     """Of its own GPU kernels, Triton or CUDA, if it is made of such. Triton can be interpreted elsewhere."""
     packs = False

@@ -28,13 +28,13 @@ class RwkvCuda(WKVProvider):
     longest sequence is a constant of the backward kernel, which is compiled for the longest that is asked for.
     """
 
-    name = label = "rwkv-cuda"
+    name, label = "rwkv-cuda", "RWKV-4's CUDA kernel"
     about = "transformers/kernels/rwkv of transformers 4.57.6, called as in RWKV-LM"
     language = "CUDA"
     log_decay = True
 
     folder: Path | None = None
-    """Where the sources are, if not in the installed transformers."""
+    """The folder of the sources, if not that in the installed transformers."""
     lengths: tuple[int, ...] = (1024,)
     """Of the sequences that will be asked for."""
 

@@ -1,10 +1,11 @@
-"""Inputs of WKV for the benchmarks, and what the float64 reference makes of them."""
+"""Inputs of WKV for the benchmarks, and the results of the float64 reference for them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from peers.operator import CPU, Shape, draws, first_tokens, state_dtype
+from peers import operator
+from peers.operator import CPU, draws, state_dtype
 from torch import Tensor
 
 import fastwkv
@@ -12,11 +13,11 @@ from fastwkv import WKVState, reference
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One call and the gradient of its output. Decay, u and the state are float32 beside 16-bit k, v and gy.
+class Inputs(operator.Inputs):
+    """The inputs of WKV. Decay, u and the state are float32 beside 16-bit k, v and gy.
 
-    ``w`` is the exponential of ``log_w`` in their own dtype, so that who takes one and who takes the other works with
-    the same rate, and nobody is charged the rounding of an argument.
+    ``w`` is the exponential of ``log_w`` in their own dtype, so that providers of either form work with the
+    same rate, and nobody is charged the rounding of an argument.
     """
 
     log_w: Tensor
@@ -25,50 +26,19 @@ class Inputs:
     v: Tensor
     state: WKVState
     gy: Tensor
-    cu_seqlens: Tensor | None = None
-
-    @property
-    def shape(self) -> Shape:
-        """B, T, C."""
-        B, T, C = self.k.shape
-        return B, T, C
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of k, v and gy."""
-        return self.k.dtype
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the output."""
         return self.gy
 
     @property
     def states(self) -> tuple[Tensor, ...]:
-        """The initial state."""
         return self.state
 
     @property
     def w(self) -> Tensor:
         """The decay rate."""
         return self.log_w.exp()
-
-    def part(self, tokens: int, channels: slice = slice(None)) -> "Inputs":
-        """Return the first tokens of some channels."""
-        k, v, gy = (x[:, :tokens, channels] for x in (self.k, self.v, self.gy))
-        state = WKVState(*(s[:, channels] for s in self.state))
-        cu_seqlens = first_tokens(self.cu_seqlens, tokens)
-        return Inputs(self.log_w[channels], self.u[channels], k, v, state, gy, cu_seqlens)
-
-    def packed(self, cu_seqlens: Tensor) -> "Inputs":
-        """Return the same tokens as packed sequences."""
-        return replace(self, cu_seqlens=cu_seqlens.to(self.k.device))
-
-    def on(self, device: torch.device) -> "Inputs":
-        """Return the same on a device."""
-        log_w, u, k, v, gy = (x.to(device) for x in (self.log_w, self.u, self.k, self.v, self.gy))
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Inputs(log_w, u, k, v, WKVState(*(s.to(device) for s in self.state)), gy, cu_seqlens)
 
 
 def ordinary(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0, device: torch.device = CPU) -> Inputs:

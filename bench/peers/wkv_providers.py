@@ -1,4 +1,4 @@
-"""Who computes WKV: this package and its peers, each behind one face. The only file that knows how they are called."""
+"""The providers of WKV, this package and its peers, each behind one face. No other file knows how they are called."""
 
 import importlib
 import warnings
@@ -84,10 +84,10 @@ class FastWKV(WKVProvider):
 
 
 class HuggingFace(WKVProvider):
-    """The Python loop of transformers' RWKV-4; what a model does without its CUDA kernel."""
+    """The Python loop of transformers' RWKV-4, which its models run without its CUDA kernel."""
 
     name = "hf"
-    label = "Hugging Face loop"
+    label = "Hugging Face's loop"
     about = "transformers.models.rwkv.modeling_rwkv.rwkv_linear_attention_cpu"
     packages = ("transformers",)
     log_decay = loops = True
@@ -114,7 +114,7 @@ class Loop(WKVProvider):
     """A loop over slices taken by ``unbind``, so that its backward pass is linear in T. With float32 sums."""
 
     name = "loop"
-    label = "PyTorch loop"
+    label = "PyTorch loop, unbound"
     about = "a plain PyTorch loop over unbind slices"
     loops = True
     longest = 4096
@@ -146,7 +146,7 @@ class Loop(WKVProvider):
 class Reference(WKVProvider):
     """The stable loop of this package's reference."""
 
-    name = label = "reference"
+    name, label = "reference", "fastwkv.reference"
     about = "fastwkv.reference.wkv_loop"
     packs = loops = True
     longest = 4096
@@ -166,7 +166,7 @@ class Fla(WKVProvider):
     log w. The state is one tensor ``[B, 3, 1, C]`` and required.
     """
 
-    name = label = "fla"
+    name, label = "fla", "flash-linear-attention"
     about = "fla.ops.rwkv4.fused_recurrent_rwkv4"
     packages = ("triton", "fla")
     distribution = "fla-core"

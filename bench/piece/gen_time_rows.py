@@ -8,7 +8,6 @@ from pathlib import Path
 import gen_time
 from common import program
 from common.command_line import Parser
-from generation.options import parse
 from piece.journal import emit
 from ready import triton_keys
 
@@ -16,7 +15,7 @@ OPTIONS = ("--device", "cuda", "--size", "3b", "--dtype", "bfloat16", "--models"
 OPTIONS_REHEARSED = ("--device", "cpu", "--size", "tiny", "--models", "rwkv4", "--tokens", "8")
 
 
-class Rows(gen_time.Run):
+class Rows(gen_time.GenTime):
     """A run of gen_time.py that prints its series."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     chosen = OPTIONS_REHEARSED if args.rehearse else OPTIONS
-    run = Rows(parse([*chosen, "--out", str(args.out)]), args.seconds)
+    run = Rows(gen_time.GenTime.parse([*chosen, "--out", str(args.out)]), args.seconds)
     return program.run_and_save(run.run, run.save)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import ops
 import torch
 from common.command_line import Parser
+from common.program import run_and_save
 from peers.operator import Inputs
 from peers.operators import OPERATORS
 from peers.wkv_cuda_providers import RWKV_CUDA, compiled, longest
@@ -23,7 +24,6 @@ from piece.checking import reason
 from piece.journal import emit
 from piece.runner import READY
 from ready import triton_keys
-from throughput import run
 from throughput.passes import checked_channels
 from throughput.plan import Case
 from torch import Tensor
@@ -36,7 +36,7 @@ TOKENS = 4096  # of the longest sequence that rwkv-cuda is compiled for: every t
 KEPT = ("op", "pass", "dtype", "B", "T", "C", "provider", "ms", "ms_min", "ms_host", "gbps", "fraction", "head_start")
 
 
-class Rows(run.Run):
+class Rows(ops.Ops):
     """A run of ops.py that prints its rows."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
@@ -118,13 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
         options += ["--providers", "fastwkv,hf", "--dtypes", "float32", "--out", str(args.out)]
     elif (folder := _sources()) is not None:
         options += ["--rwkv-cuda", str(folder)]
-    made = ops.parse(options)
+    made = ops.Ops.parse(options)
     made.providers = None  # nobody was asked for by name: whose first calls take too long is not asked again
     RWKV_CUDA.lengths = (TOKENS,)
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     run = Rows(made, args.seconds - (time.monotonic() - began))
-    status = ops.program.run_and_save(lambda: ops.measure(run), run.save)
+    status = run_and_save(run.run, run.save)
     return status or int(any(r["provider"] == "fastwkv" and r["status"] in ("wrong", "failed") for r in run.rows))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from peers.operator import Inputs, Operator, relative_error
-from peers.provider import Provider
-from throughput.table import OURS
+from peers.provider import OURS, Provider
 from timing.by_turns import Task
 from timing.on_gpu import Cuda, CudaTask, StepTask
 from timing.saved_bytes import kept_bytes
@@ -21,7 +20,7 @@ COPIES = 16  # of small inputs, at most
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a provider is called with, in its own form."""
+    """The arguments of a provider, in its own form."""
 
     leaves: tuple[Tensor, ...]
     initial: Any
@@ -31,7 +30,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is timed: ``call`` of what ``prepare`` made of the arguments."""
+    """The timed part of a pass: ``call`` of whatever ``prepare`` made of the arguments."""
 
     prepare: Callable[[Provider, Arguments], Any]
     call: Callable[[Provider, Any], Any]

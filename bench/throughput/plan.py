@@ -1,13 +1,13 @@
-"""What ops.py measures: operators, dtypes, shapes, passes and providers, by default or as asked for."""
+"""The cases of ops.py: operators, dtypes, shapes, passes and providers, by default or as asked for."""
 
 import argparse
-import re
 from dataclasses import dataclass
 
 import torch
-from common.command_line import COMPLEX_DTYPES, DTYPES, Parser
+from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, sizes
 from peers.operator import GPU_SHAPES, Inputs, Operator, Shape, documents, shape_name
 from peers.operators import OPERATORS
+from peers.provider import Provider
 from throughput.passes import PASSES
 
 ALL_DTYPES = DTYPES | COMPLEX_DTYPES
@@ -32,7 +32,7 @@ GPU_LAYOUTS = [*map(Layout, GPU_SHAPES), Layout((1, 65536, 1024), packed=True)]
 
 @dataclass(frozen=True)
 class Case:
-    """An operator, its inputs, what is timed and who computes it."""
+    """An operator, its inputs, the passes that are timed and the providers that compute it."""
 
     operator: Operator
     dtype: str
@@ -45,6 +45,10 @@ class Case:
         """B, T, C."""
         return self.layout.shape
 
+    def callers(self) -> list[Provider]:
+        """Return the providers."""
+        return [self.operator.all_providers()[name] for name in self.providers]
+
     def draw(self, seed: int, device: torch.device) -> Inputs:
         """Draw the inputs."""
         inputs = self.operator.draw("ordinary", self.shape, ALL_DTYPES[self.dtype], seed, device)
@@ -54,15 +58,12 @@ class Case:
 def layouts(text: str) -> list[Layout]:
     """Read shapes such as 8x1024x768, of packed documents with a p behind them."""
     found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(p?)", part.strip())
-        if not match:
-            raise argparse.ArgumentTypeError(f"expected shapes like 4x1024x768, got {part!r}")
-        *shape, packed = match.groups()
-        if packed and shape[0] != "1":
+    for part in map(str.strip, text.split(",")):
+        shape = sizes(part.removesuffix("p"), "4x1024x768")
+        packed = part.endswith("p")
+        if packed and shape[0] != 1:
             raise argparse.ArgumentTypeError(f"packed documents are a batch of one, got {part!r}")
-        B, T, C = map(int, shape)
-        found.append(Layout((B, T, C), bool(packed)))
+        found.append(Layout((shape[0], shape[1], shape[2]), packed))
     return list(dict.fromkeys(found))
 
 

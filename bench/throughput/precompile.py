@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from peers.provider import OURS
 from throughput.passes import task
 from throughput.plan import Case, Layout
-from throughput.table import OURS
 
 PROCESSES = 8  # each with a CUDA context of its own
 ELEMENTS = 2**25  # of a tensor there; what is compiled depends on B and C, on T only where it is short

@@ -5,18 +5,17 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 import torch
-from common import result_file
-from common.about import about_run
-from peers.operator import CPU, Inputs
-from peers.provider import Provider
+from common.program import Program
+from peers.operator import CPU, Inputs, judged, reason
+from peers.provider import OURS, Provider
 from throughput.passes import checked_channels, cuda_task, errors, saved_bytes, task
 from throughput.plan import Case
 from throughput.precompile import compile_ours
-from throughput.table import OURS
 from timing import by_turns, on_gpu
 from timing.by_turns import Task
 from torch import Tensor
@@ -29,15 +28,6 @@ REFERENCE = {
     f"T > {LONGEST_LOOP}": "fastwkv's CPU path in float64, which tests hold to 1e-12 of fastwkv.reference",
 }
 PATIENCE = 30.0  # seconds on a GPU for the first calls of a peer that was not asked for by name
-# ‖error‖/‖reference‖ beyond which a result is wrong: far above rounding, far below any mistake.
-WRONG = {
-    "float64": 1e-9,
-    "complex128": 1e-9,
-    "float32": 1e-4,
-    "complex64": 1e-4,
-    "float16": 5e-3,
-    "bfloat16": 3e-2,
-}
 EMPTY = ("ms", "ms_min", "quantiles", "ms_first", *by_turns.ONLY_GPU, "ms_graph", "saved_bytes", "gbps", "fraction")
 
 
@@ -45,39 +35,35 @@ class DeviceLostError(Exception):
     """A CUDA error after which the device answers nothing more in this process."""
 
 
-class Run:
-    """One call of the program and the file that it writes."""
+class Run(Program):
+    """The measuring half of ops.py."""
+
+    name = "ops"
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Read the settings, take the copy bandwidth; nothing else is measured yet."""
-        self.args = args
+        super().__init__(args)
         self.cuda = on_gpu.Cuda(args.device) if args.device.type == "cuda" else None
         self.effort = by_turns.effort(args.device, quick=args.quick)
         self.began = time.monotonic()
         self.deadline = math.inf if args.minutes is None else self.began + 60 * args.minutes
         self.first_seconds: dict[str, float] = {}  # seconds of a provider's, without its very first
-        self.rows: list[dict[str, Any]] = []
-        peers = {case.operator.name: [case.operator.all_providers()[n] for n in case.providers] for case in args.cases}
-        packages = {peer.distribution for group in peers.values() for peer in group} - {None}
-        settings = {
-            "seed": args.seed,
-            "quick": args.quick,
-            "minutes": args.minutes,
-            "reference": REFERENCE,
-            "providers": {name: {peer.name: peer.about for peer in group} for name, group in peers.items()},
-        }
-        self.about = {
-            **about_run("ops", args.device, settings, sorted(packages)),
-            "copy": "median of nine; on a GPU the largest of 256 MiB, 1 GiB and 4 GiB, by events; on a CPU 256 MiB",
-            "copy_gbps": on_gpu.copy_bandwidth(self.cuda) if self.cuda else by_turns.copy_bandwidth(args.device),
-        }
+        self.about["copy_gbps"] = (
+            on_gpu.copy_bandwidth(self.cuda) if self.cuda else by_turns.copy_bandwidth(args.device)
+        )
 
-    def save(self) -> None:
-        """Write ops.json."""
-        result_file.write(self.args.out / "ops.json", {**self.about, "rows": self.rows})
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, the reference, and how each provider is called."""
+        chosen = {name: getattr(self.args, name) for name in ("seed", "quick", "minutes")}
+        providers = {case.operator.name: {one.name: one.about for one in case.callers()} for case in self.args.cases}
+        return chosen | {"reference": REFERENCE, "providers": providers}
 
-    def run(self) -> None:
-        """Measure every pass of every case."""
+    def packages(self) -> Iterable[str]:
+        """Return the packages of the peers."""
+        return sorted({one.distribution for case in self.args.cases for one in case.callers() if one.distribution})
+
+    def run(self) -> int:
+        """Measure every pass of every case; return 1 if the device is lost."""
         total = 2 * sum(len(case.passes) * len(case.providers) for case in self.args.cases)
         with tqdm(total=total, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
             if self.cuda:
@@ -85,20 +71,24 @@ class Run:
                 bar.set_description("compiling")
                 self._free()
                 compile_ours(self.args.cases, self.args.device)
-            for case in self.args.cases:
-                if self._late():
-                    bar.update(self._leave_out(case, status="unavailable", reason="out of time"))
-                else:
+            try:
+                for case in self.args.cases:
                     self._run_case(case, bar)
-                self.save()
+            except DeviceLostError as error:
+                print(f"\nops.py: the device is lost: {error}; writing what was measured", file=sys.stderr)
+                return 1
+        return 0
 
-    def _leave_out(self, case: Case, **why: str) -> int:
-        """Write rows that say why a case was not measured; return the steps of the bar that it was to take."""
+    def _leave_out(self, case: Case, bar: tqdm, **why: str) -> None:
+        """Write rows that say why a case was not measured."""
         rows = [_row(case, which, name, None) | why for which in case.passes for name in case.providers]
-        self.rows += rows
-        return 2 * len(rows)
+        self.add(*rows)
+        bar.update(2 * len(rows))
 
     def _run_case(self, case: Case, bar: tqdm) -> None:
+        if self._late():
+            self._leave_out(case, bar, status="unavailable", reason="out of time")
+            return
         title = f"{case.operator.name} {list(case.shape)}{' packed' * case.layout.packed} {case.dtype}"
         bar.set_description(f"{title}: reference")
         if bar.disable:  # where no bar shows, in a log, a line does
@@ -108,7 +98,7 @@ class Run:
             inputs = case.draw(self.args.seed, self.args.device)
             wanted = self._expected(case, inputs)
         except Exception as error:
-            bar.update(self._leave_out(case, status="failed", reason=_reason(error)))
+            self._leave_out(case, bar, status="failed", reason=reason(error))
             self._recover(self.rows[-1])
             return
         for which in case.passes:
@@ -133,7 +123,7 @@ class Run:
                 try:
                     self._check(case, row, inputs, wanted, tasks)
                 except Exception as error:
-                    _fail(row, error)
+                    row |= {"status": "failed", "reason": reason(error)}
                 self._recover(row)
                 bar.update(1 if row["status"] == "ok" else 2)
             bar.set_description(f"{title}: by turns")
@@ -144,9 +134,9 @@ class Run:
                     self._finish(case, row, inputs, tasks[row["provider"]], cores)
                     self._recover(row)
         except DeviceLostError:
-            self.rows += [row for row in rows if row["status"] != "ok" or row["ms"] is not None]
+            self.add(*(row for row in rows if row["status"] != "ok" or row["ms"] is not None))
             raise
-        self.rows += rows
+        self.add(*rows)
 
     def _check(
         self, case: Case, row: dict[str, Any], inputs: Inputs, wanted: dict[str, Tensor], tasks: dict[str, Task]
@@ -154,16 +144,12 @@ class Run:
         """Run a provider for the first time; what gives the right result becomes a task."""
         operator, which, place = case.operator, row["pass"], self.args.device
         provider = operator.all_providers()[row["provider"]]
-        if reason := self._unavailable(provider, which, inputs):
-            row |= {"status": "unavailable", "reason": reason}
+        if why := self._unavailable(provider, which, inputs):
+            row |= {"status": "unavailable", "reason": why}
             return
         one, results = self._first_calls(case, provider, which, inputs)
-        found = errors(operator, provider, which, inputs, results, wanted)
-        worst = max(found, key=lambda name: (math.isnan(found[name]), found[name]))
-        row |= {"error": found[worst], "errors": found}
-        allowed = WRONG[row["dtype"]]
-        if not found[worst] <= allowed:  # NaN is not
-            row |= {"status": "wrong", "reason": f"error of {worst} {found[worst]:.1e} > {allowed:.0e}"}
+        row |= judged(errors(operator, provider, which, inputs, results, wanted), row["dtype"])
+        if row["status"] != "ok":
             return
         tasks[provider.name] = one
         del results
@@ -176,7 +162,7 @@ class Run:
         place, known, begin = self.args.device, provider.name in self.first_seconds, time.monotonic()
         self.first_seconds.setdefault(provider.name, 0.0)
         try:
-            # What is compiled or tuned for a shape gets that shape; on a CPU nothing is.
+            # A provider that compiles or tunes for a shape gets that shape; on a CPU none does.
             short = not self.cuda or provider.loops
             task(provider, which, inputs.part(WARM_UP) if short else inputs, place).run()
             if not known:  # the very first may compile an extension
@@ -195,16 +181,16 @@ class Run:
         place = self.args.device
         if self._late():
             return "out of time"
-        reason = provider.missing(place) or provider.refuses(which, inputs)
-        reason = reason or provider.too_long(place, which, inputs.shape[1])
+        why = provider.missing(place) or provider.refuses(which, inputs)
+        why = why or provider.too_long(place, which, inputs.shape[1])
         tired = self.first_seconds.get(provider.name, 0.0) > PATIENCE and provider.name != OURS
-        if not reason and self.cuda and tired and not self.args.providers:
+        if not why and self.cuda and tired and not self.args.providers:
             return f"its first calls took {PATIENCE:.0f} s in this run; asked for with --providers it has no limit"
-        return reason
+        return why
 
     def _finish(self, case: Case, row: dict[str, Any], inputs: Inputs, one: Task, cores: float | None) -> None:
         if one.failure:
-            _fail(row, one.failure)
+            row |= {"status": "failed", "reason": reason(one.failure)}
             return
         row |= one.figures()
         row["gbps"] = case.operator.compulsory_bytes(row["pass"], inputs) / row["ms"] / 1e6
@@ -228,14 +214,6 @@ class Run:
 
     def _late(self) -> bool:
         return time.monotonic() > self.deadline
-
-
-def _fail(row: dict[str, Any], error: Exception) -> None:
-    row |= {"status": "failed", "reason": _reason(error)}
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _row(case: Case, which: str, provider: str, cu_seqlens: Tensor | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Timing of several calls by turns, so that whatever else the machine does falls on all of them alike."""
+"""Timing of several calls by turns, so that other work of the machine falls on all of them alike."""
 
 import gc
 import math
@@ -20,7 +20,7 @@ QUANTILES = (0.1, 0.25, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one call: until both have been reached."""
+    """The time and the number of measurements that one call gets: until both have been reached."""
 
     repeats: int
     seconds: float
@@ -86,7 +86,7 @@ class Task:
     def figures(self) -> dict[str, Any]:
         """Return median, minimum, quantiles and what the first run took, in milliseconds, and how many were measured.
 
-        What only a GPU tells is None: on a CPU all time is the host's, and no allocator knows the peak of its memory.
+        Figures that only a GPU tells are None: on a CPU all time is the host's, and no allocator knows its peak.
         """
         ms = [1e3 * second for second in self.seconds]
         quantiles = np.quantile(ms, QUANTILES)

@@ -1,4 +1,4 @@
-"""How much memory tensors take on a CPU, whose allocator does not tell."""
+"""Memory that tensors take on a CPU, whose allocator does not tell."""
 
 import weakref
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Context that counts the bytes of all tensors that operations return, for as long as each lives.
 
-    What an operation takes for itself while it runs is not seen. Counting takes time: nothing is to be timed meanwhile.
+    Memory that an operation takes for itself while it runs is not seen. Counting takes time; nothing is timed then.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ LAUNCH = 2e-3  # seconds in which the host has launched such a graph
 
 
 class Cuda:
-    """What is asked of CUDA. All else here runs without a GPU."""
+    """The questions to CUDA. All else here runs without a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         """Take memory that fills the cache twice over."""

@@ -1,4 +1,4 @@
-"""What a call keeps for its backward pass, counted by walking through the graph that it leaves behind."""
+"""Bytes that a call keeps for its backward pass, counted by walking through the graph that it leaves behind."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def _nodes(output: Tensor) -> Iterator[Any]:
 
 
 def _kept(node: Any) -> Iterator[Any]:
-    """Yield what a node keeps: by ``save_for_backward`` or as an attribute of ctx; PyTorch's own, by name."""
+    """Yield all that a node keeps: by ``save_for_backward`` or as an attribute of ctx; PyTorch's own, by name."""
     if hasattr(node, "saved_tensors"):
         yield node.saved_tensors
         yield list(vars(node).values())

@@ -91,8 +91,9 @@ class RWKV4(nn.Module):
         Args:
             path: the file or folder. A folder holds config.json and model.safetensors or pytorch_model.bin, whole or
                 in shards with an index.
-            dtype: the dtype of the parameters, or its name, as "bfloat16"; if None, they keep the dtype of the file,
-                which must be one for all but time_decay and time_first. These two stay float32 in a 16-bit model.
+            dtype: the dtype of the parameters, or its name, as "bfloat16"; for one of 16 bits, time_decay and
+                time_first are float32. If None, parameters keep the dtype of the file, which must be one for all but
+                these two.
             device: the device of the parameters.
             checksums: whether to compare files of ``torch.save`` with the checksums in them. The whole file is then
                 read twice, the second time from memory: False is for files that are larger than memory. Other files

@@ -61,7 +61,7 @@ class RWKV4State(NamedTuple):
         return RWKV4State(tensors["att_x"], tensors["ffn_x"], wkv)
 
     def save(self, path: str | Path) -> None:
-        """Write the state into a safetensors file, whole or not at all. All files of a model have the same size."""
+        """Write the state into a safetensors file, whole or not at all, of the same size after any number of tokens."""
         write_tensors(Path(path), self.tensors())
 
     @staticmethod

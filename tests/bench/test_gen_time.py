@@ -1,189 +1,156 @@
-"""The headline curve's program: what it measures, what it writes, how it fails."""
+"""The headline curve: the models, the protocols, the record, and how the program fails."""
 
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, environment, run_script
-
-SCRIPT = ROOT / "bench" / "gen_time.py"
+from bench_scripts import ROOT, environment
 
 for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package)
 
-
 import gen_time
-from generation import models, options, series
+from generation import models, series
+
+CPU = torch.device("cpu")
+EVERYONE = ["rwkv4", "gpt-neox", "opt", "bloom", "gpt-neo"]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch):
     monkeypatch.setattr(gen_time, "WARM_UP", 2)
-    monkeypatch.setattr(gen_time, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(series, "REPEAT_FOR", math.inf)  # however slow the machine
     for protocol in ("recurrent", "kv-cache"):
         monkeypatch.setitem(series.PASSES, protocol, 2)
-    monkeypatch.setattr(gen_time.figure, "draw", lambda record, path: path.write_text("a figure"))
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder):
     return json.loads((folder / "gen_time.json").read_text())
 
 
-def failing_after(count: int, error: BaseException, protocol: str) -> Callable[[Any, Any], Iterator[Any]]:
+def run(folder, *arguments):
+    status = gen_time.main(["--device", "cpu", "--out", str(folder), *arguments])
+    assert (folder / "gen_time.png").read_bytes().startswith(b"\x89PNG")
+    return status, [(one["status"], one["tokens"]) for one in result(folder)["series"]]
+
+
+def after(count, event, protocol):
+    """Return a protocol that does something when so many tokens are there."""
     whole = models.PROTOCOLS[protocol]
 
-    def steps(model: Any, tokens: Any) -> Iterator[Any]:
+    def steps(model, tokens):
         for n, carried in enumerate(whole(model, tokens)):
             if n == count:
-                raise error
+                event()
             yield carried
 
     return steps
 
 
-def test_command_line_writes_figure_and_record(tmp_path: Path) -> None:
-    done = run_script("gen_time.py", "--tokens", "24", "--models", "rwkv4,gpt-neox", "--out", "new", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gen_time.json", "gen_time.png"]
-    assert (tmp_path / "new" / "gen_time.png").read_bytes().startswith(b"\x89PNG")
-    assert "24/24" in done.stderr  # the progress bar
-    for text in ("s at 6", "s at 12", "s at 24", "exponent", "ms/token, start", "ms/token, end", "memory", "15.4 kB"):
-        assert text in done.stdout
+def raising(error):
+    def event():
+        raise error
 
-    record = result(tmp_path / "new")
-    assert record["device"]["type"] == "cpu" or torch.cuda.is_available()
-    assert record["versions"]["torch"] == torch.__version__
-    assert {"python", "fastwkv", "transformers"} <= record["versions"].keys()
-    assert {"size", "tokens", "dtype", "seed", "prompt_tokens", "layers", "width"} <= record["settings"].keys()
-    assert [(one["name"], one["protocol"]) for one in record["series"]] == [
-        ("rwkv4", "recurrent"),
-        ("gpt-neox", "kv-cache"),
-        ("gpt-neox", "recompute"),
-    ]
-    for one in record["series"]:
-        assert one["status"] == "complete"
-        assert one["tokens"] == 24
-        assert one["exponent"] is not None
-        assert one["graph"] is (torch.cuda.is_available() if one["name"] == "rwkv4" else None)
-        seconds, carried = one["cumulative_seconds"], one["state_or_cache_bytes"]
-        assert len(seconds) == len(carried) == 24
-        assert seconds[0] > 0
-        assert all(a < b for a, b in itertools.pairwise(seconds))
+    return event
 
 
-def test_record_names_neither_host_nor_paths(tmp_path: Path) -> None:
+def test_program_writes_figure_and_record(tmp_path, capsys):
     prompt = tmp_path / "secret-name.txt"
     prompt.write_text("Call me Ishmael.")
-    assert gen_time.main(["--tokens", "3", "--models", "rwkv4", "--out", str(tmp_path), "--prompt", str(prompt)]) == 0
+    status, _ = run(tmp_path, "--tokens", "24", "--prompt", str(prompt), "--models", "rwkv4,opt")
+    assert status == 0
+    printed = capsys.readouterr()
+    assert "24/24" in printed.err  # the progress bar
+    for text in ("s at 6", "s at 12", "s at 24", "exponent", "ms/token, start", "ms/token, end", "memory", "15.4 kB"):
+        assert text in printed.out
     text = (tmp_path / "gen_time.json").read_text()
-    for name in (os.uname().nodename, str(ROOT), str(tmp_path), "secret-name", str(Path.home())):
-        assert name not in text or len(name) < 2
-    assert result(tmp_path)["settings"]["prompt_tokens"] == 16
-
-
-def test_state_is_constant_and_cache_grows(tmp_path: Path) -> None:
-    assert gen_time.main(["--tokens", "5", "--models", "rwkv4,opt", "--out", str(tmp_path)]) == 0
-    state, cache, text = (one["state_or_cache_bytes"] for one in result(tmp_path)["series"])
-    size, prompt = models.SIZES["tiny"], len(options.PROMPT)
-    assert state == [size.layers * size.width * 5 * 4] * 5
-    assert cache == [2 * size.layers * size.width * 4 * (prompt + n) for n in range(5)]
-    assert text == [8 * (prompt + n + 1) for n in range(5)]
+    assert "secret-name" not in text
+    record = json.loads(text)
+    assert record["settings"]["prompt_tokens"] == 16
+    assert record["settings"]["prompt"] == "Call me Ishmael."
+    names = [("rwkv4", "recurrent"), ("opt", "kv-cache"), ("opt", "recompute")]
+    assert [(one["name"], one["protocol"]) for one in record["series"]] == names
+    size = models.SIZES["tiny"]
+    carried = [
+        [size.layers * size.width * 5 * 4] * 24,
+        [2 * size.layers * size.width * 4 * (16 + n) for n in range(24)],
+        [8 * (16 + n + 1) for n in range(24)],
+    ]
+    assert [one["state_or_cache_bytes"] for one in record["series"]] == carried
+    for one in record["series"]:
+        assert (one["status"], one["tokens"]) == ("complete", 24)
+        assert one["exponent"] is not None
+        assert one["graph"] is (False if one["name"] == "rwkv4" else None)
+        assert one["cumulative_seconds"][0] > 0
+        assert all(a < b for a, b in itertools.pairwise(one["cumulative_seconds"]))
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")],
 )
-def test_out_of_memory_is_recorded_and_the_rest_goes_on(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", failing_after(4, error, "kv-cache"))
-    assert gen_time.main(["--tokens", "8", "--out", str(tmp_path)]) == 0
-    rwkv, cache, recompute = result(tmp_path)["series"]
-    assert (cache["status"], cache["tokens"], len(cache["cumulative_seconds"])) == ("out of memory", 4, 4)
-    assert (rwkv["status"], rwkv["tokens"]) == (recompute["status"], recompute["tokens"]) == ("complete", 8)
+def test_out_of_memory_is_recorded_and_the_rest_goes_on(error, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", after(4, raising(error), "kv-cache"))
+    status, outcome = run(tmp_path, "--tokens", "8", "--models", "rwkv4,opt")
+    assert status == 0
+    assert outcome == [("complete", 8), ("out of memory", 4), ("complete", 8)]
     assert "out of memory at token 4" in capsys.readouterr().out
-    assert (tmp_path / "gen_time.png").exists()
 
 
-def test_out_of_memory_while_building_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_building_is_recorded(tmp_path, monkeypatch):
     build = models.build
 
-    def failing(name: str, *rest: Any) -> Any:
-        if name == "bloom":
-            raise torch.OutOfMemoryError("no room")
-        return build(name, *rest)
+    def failing(name, *rest):
+        return raising(torch.OutOfMemoryError("no room"))() if name == "bloom" else build(name, *rest)
 
     monkeypatch.setattr(models, "build", failing)
-    assert gen_time.main(["--tokens", "3", "--models", "bloom,rwkv4", "--out", str(tmp_path)]) == 0
-    statuses = [(one["status"], one["tokens"]) for one in result(tmp_path)["series"]]
-    assert statuses == [("out of memory", 0), ("out of memory", 0), ("complete", 3)]
+    outcome = run(tmp_path, "--tokens", "3", "--models", "bloom,rwkv4")
+    assert outcome == (0, [("out of memory", 0), ("out of memory", 0), ("complete", 3)])
 
 
-def test_other_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_hidden(tmp_path, monkeypatch):
     error = RuntimeError("shapes do not match")
-    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", failing_after(4, error, "kv-cache"))
+    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", after(4, raising(error), "kv-cache"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        gen_time.main(["--tokens", "8", "--out", str(tmp_path)])
+        run(tmp_path, "--tokens", "8", "--models", "rwkv4,opt")
     assert result(tmp_path)["series"][0]["tokens"] == 8
 
 
-def test_time_that_is_over_ends_a_series_and_all_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kv_cache, seconds = models.PROTOCOLS["kv-cache"], [0.0]
-    monkeypatch.setattr(gen_time, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
-
-    def slow(model: Any, tokens: Any) -> Iterator[Any]:
-        for n, carried in enumerate(kv_cache(model, tokens)):
-            if n == 5:
-                seconds[0] = 61.0
-            yield carried
-
-    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", slow)
-    assert gen_time.main(["--tokens", "9", "--minutes", "1", "--out", str(tmp_path)]) == 0
-    outcome = [(one["status"], one["tokens"]) for one in result(tmp_path)["series"]]
+def test_time_that_is_over_ends_a_series_and_all_after_it(tmp_path, monkeypatch, capsys):
+    args = gen_time.GenTime.parse(["--tokens", "9", "--minutes", "1", "--models", "rwkv4,opt", "--out", str(tmp_path)])
+    one = gen_time.GenTime(args)
+    assert 50 < one.deadline - time.monotonic() < 61
+    over = after(5, lambda: setattr(one, "deadline", -math.inf), "kv-cache")
+    monkeypatch.setitem(models.PROTOCOLS, "kv-cache", over)
+    one.run()
+    outcome = [(entry["status"], entry["tokens"]) for entry in result(tmp_path)["series"]]
     assert outcome == [("complete", 9), ("out of time", 6), ("out of time", 0)]
-    assert "out of time at token 6" in capsys.readouterr().out
-    assert (tmp_path / "gen_time.png").exists()
+    assert "out of time at token 6" in one.table(one.record())
 
 
-def test_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.PROTOCOLS, "recompute", failing_after(5, KeyboardInterrupt(), "recompute"))
-    assert gen_time.main(["--tokens", "9", "--out", str(tmp_path)]) == 130
-    outcome = [(one["status"], one["tokens"]) for one in result(tmp_path)["series"]]
-    assert outcome == [("complete", 9), ("complete", 9), ("interrupted", 5)]
-    assert (tmp_path / "gen_time.png").exists()
+def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.PROTOCOLS, "recompute", after(5, raising(KeyboardInterrupt()), "recompute"))
+    outcome = run(tmp_path, "--tokens", "9", "--models", "rwkv4,opt")
+    assert outcome == (130, [("complete", 9), ("complete", 9), ("interrupted", 5)])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--tokens", "100000", "--models", "rwkv4", "--out", str(tmp_path)]
+def test_signal_leaves_measured_data_on_disk(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "gen_time.py"), "--tokens", "100000", "--models", "rwkv4"]
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells let background jobs ignore
+        [*command, "--out", str(tmp_path)], env=environment(), stdout=pipe, stderr=pipe, text=True, cwd=tmp_path
     )
     try:
         while not ((tmp_path / "gen_time.json").exists() and result(tmp_path)["series"][0]["tokens"] > 16):
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         output, errors = process.communicate()
     finally:
         process.kill()
@@ -197,34 +164,51 @@ def test_signal_leaves_measured_data_on_disk(number: int, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gen_time.json", "gen_time.png"]
 
 
-BAD = {
-    "unknown model 'gpt-5' (choose from rwkv4, gpt-neox, opt, bloom, gpt-neo)": ["--models", "rwkv4,gpt-5"],
-    "unknown protocol 'beam' (choose from recompute, kv-cache)": ["--protocols", "beam"],
-    "argument --size: invalid choice: '5b'": ["--size", "5b"],
-    "argument --dtype: invalid choice: 'int8'": ["--dtype", "int8"],
-    "--tokens must be at least 1, got 0": ["--tokens", "0"],
-    "argument --tokens: invalid int value: 'many'": ["--tokens", "many"],
-    "cannot read the prompt 'nowhere': No such file or directory": ["--prompt", "nowhere"],
-    "the prompt 'file' is empty": ["--prompt", "file"],
-    "argument --minutes: expected a whole number of at least 1, got '0'": ["--minutes", "0"],
-    **BAD_OPTION,
-    **BAD_DEVICE,
-    **bad_results("gen_time"),
-}
+@pytest.mark.parametrize("name", EVERYONE)
+def test_protocols_generate_the_same_tokens(name, monkeypatch):
+    size = models.RWKV4Config(layers=3, width=64, vocab_size=256)
+    model = models.build(name, size, 40, CPU, torch.float64, seed=0)
+    prompt = torch.tensor([list(b"hello")])
+    drawn, argmax = [], torch.Tensor.argmax
+
+    def spy(tensor, *args, **options):
+        token = argmax(tensor, *args, **options)
+        drawn.append(int(token))
+        return token
+
+    monkeypatch.setattr(torch.Tensor, "argmax", spy)
+    for protocol in ["recurrent"] if name == "rwkv4" else ["kv-cache", "recompute"]:
+        steps = models.PROTOCOLS[protocol](model, prompt)
+        with torch.inference_mode():
+            for _ in range(12):
+                next(steps)
+    if name == "rwkv4":  # the whole sequence again for every token
+        tokens = prompt
+        for _ in range(12):
+            tokens = torch.cat((tokens, model(tokens)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert len(drawn) == 24
+    assert drawn[:12] == drawn[12:]
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
-    refused(gen_time, BAD[message], message)
+@pytest.mark.parametrize("name", EVERYONE)
+def test_models_of_one_size_have_its_layers_width_and_vocabulary(name):
+    size = models.SIZES["169m"]
+    model = models.build(name, size, 40, torch.device("meta"), torch.float32, seed=0)
+    embedding = next(p for p in model.parameters() if p.shape[0] == size.vocab_size)
+    assert tuple(embedding.shape) == (50277, 768)
+    weights = sum(p.numel() for p in model.parameters())
+    blocks = (13 if name == "rwkv4" else 12) * 768**2 * 12
+    ends = (2 if name in ("rwkv4", "gpt-neox") else 1) * 50277 * 768  # the others tie embedding and head
+    assert weights == pytest.approx(blocks + ends, rel=0.005)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder_gives_status_2(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(SystemExit) as stopped:
-        gen_time.main(["--out", str(tmp_path)])
-    assert stopped.value.code == 2
+def test_weights_are_random_but_those_of_the_seed():
+    rwkv = models.build("rwkv4", models.SIZES["tiny"], 8, CPU, torch.float32, seed=0)
+    assert all(parameter.any() for parameter in rwkv.parameters() if parameter.dim() == 2)
 
+    def weights(seed):
+        model = models.build("gpt-neox", models.SIZES["tiny"], 8, CPU, torch.float32, seed)
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_help_names(gen_time, "size tokens device dtype models protocols prompt out seed minutes", capsys)
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))

@@ -1,109 +1,112 @@
-"""The operator benchmark: what it writes, whom it believes, how it fails. Shown on WKV; the operators share it."""
+"""The operator benchmark: its rows, which results it believes, and how it fails."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from operator import itemgetter
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, bad_results, interrupt, run_script
+from bench_scripts import interrupt
+from simulated_gpu import Immediate
 
-PEERS = ("fastwkv", "hf", "loop", "reference")
-
-for package in ("tqdm", "transformers"):
+for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package)
 
 import ops
-from peers import provider as providers
-from peers import wkv_inputs, wkv_providers
-from throughput import passes, table
-from timing import by_turns as timing
+from peers import linear_scan_providers, wkv_providers
+from peers.operators import OPERATORS
+from throughput import passes
+from throughput import run as run_module
+from timing import by_turns
 
-WKV = ops.OPERATORS["wkv"]
+WKV, SCAN = OPERATORS["wkv"], OPERATORS["linear_scan"]
+HERE = {"fastwkv", "hf", "loop", "reference"}
+ALL = ",".join(passes.PASSES)
+# Bytes a token and channel: with e the size of a number, 3e, 5e, 8e, and for a step those of its state too.
+BYTES = {
+    ("wkv", "float32"): (12, 20, 32, 36),
+    ("wkv", "bfloat16"): (6, 10, 16, 30),
+    ("linear_scan", "complex64"): (24, 40, 64, 32),
+    ("linear_scan", "bfloat16"): (6, 10, 16, 12),
+    ("linear_scan_fixed", "complex64"): (16, 24, 40, 24),
+}
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "QUICK", timing.Effort(repeats=2, seconds=0.0, turn=0.0))
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(ops, "draw_all", lambda record, folder: [])
+def _brief(monkeypatch):
+    monkeypatch.setattr(by_turns, "QUICK", by_turns.Effort(repeats=2, seconds=0.0, turn=0.0))
+    monkeypatch.setattr(by_turns, "copy_bandwidth", lambda device: 10.0)
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
-    """Measure a tiny shape in this process; return the exit status and the rows by pass and provider."""
-    tiny = ["--ops", "wkv", "--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(folder)]
-    status = ops.main([*tiny, *arguments])
-    rows = json.loads((folder / "ops.json").read_text())["rows"]
-    return status, {(row["pass"], row["provider"]): row for row in rows}
+def made(folder, *arguments):
+    return ops.Ops(ops.Ops.parse(["--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(folder), *arguments]))
 
 
-def test_command_line_writes_rows_and_prints_ratios(tmp_path: Path) -> None:
-    arguments = ["--ops", "wkv,linear_scan", "--device", "cpu", "--quick", "--shapes", "2x9x5"]
-    arguments += ["--passes", "forward,backward,forward+backward,step", "--out", str(tmp_path / "new")]
-    done = run_script("ops.py", *arguments, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = ["ops_linear_scan.png", "ops_wkv.png"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ops.json", *figures]
-    for text in ("\nwkv\n", "\nlinear_scan\n", "times ours", "target", "fla, rwkv-cuda: not available", "GB/s"):
-        assert text in done.stdout
+def on_a_gpu(folder, *arguments):
+    run = made(folder, "--ops", "wkv", *arguments)
+    run.cuda, run.effort = Immediate(), by_turns.GPU_QUICK
+    return run
 
-    text = (tmp_path / "new" / "ops.json").read_text()
-    assert str(tmp_path) not in text
-    record = json.loads(text)
-    assert record["device"].keys() >= {"type", "name", "threads"}
-    assert {"python", "fastwkv", "torch", "transformers", "numba"} <= record["versions"].keys()
-    assert {"commit", "started", "settings"} <= record.keys()
-    assert record["copy_gbps"] > 0
-    rows = {op: [row for row in record["rows"] if row["op"] == op] for op in ("wkv", "linear_scan")}
-    assert {row["dtype"] for row in rows["linear_scan"]} == {"complex64"}
-    assert len({tuple(row) for row in record["rows"]}) == 1  # the same keys
-    assert len(rows["wkv"]) == 4 * 6
-    for row in rows["wkv"]:
-        assert row["dtype"] == "float32"
-        B, T, C = 2, 1 if row["pass"] == "step" else 9, 5
-        assert (row["B"], row["T"], row["C"]) == (B, T, C)
-        assert [row[key] for key in ("packed", "ms_host", "peak_bytes", "head_start")] == [None] * 4
-        if row["provider"] in ("fla", "rwkv-cuda"):
-            assert (row["status"], row["reason"], row["ms"]) == ("unavailable", "runs on a GPU only", None)
+
+def measured(run):
+    status = run.run()
+    return status, {(row["pass"], row["provider"]): row for row in run.rows}
+
+
+def outcome(rows):
+    return {key: (row["status"], row["reason"]) for key, row in rows.items()}
+
+
+def test_program_writes_rows_figures_and_tables(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--quick", "--shapes", "2x9x5", "--passes", ALL, "--out", str(tmp_path)]
+    assert ops.main([*arguments, "--dtypes", "float32,complex64,bfloat16"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ops.json",
+        *(f"ops_{name}.png" for name in sorted(OPERATORS)),
+    ]
+    printed = capsys.readouterr().out
+    for text in ("\nwkv\n", "\nlinear_scan\n", "times ours", "target", "fla, rwkv-cuda: not available", "in short"):
+        assert text in printed
+    record = json.loads((tmp_path / "ops.json").read_text())
+    rows = record["rows"]
+    assert len({tuple(row) for row in rows}) == 1  # the same keys
+    for (op, dtype), sizes in BYTES.items():
+        here = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
+        assert len(here) == 4 * len(OPERATORS[op].all_providers())
+        by_pass = dict(zip(passes.PASSES, sizes, strict=True))
+        for row in (row for row in here if row["status"] == "ok"):
+            assert (row["B"], row["T"], row["C"]) == (2, 1 if row["pass"] == "step" else 9, 5)
+            assert row["gbps"] == pytest.approx(by_pass[row["pass"]] * 2 * row["T"] * 5 / row["ms"] / 1e6, rel=1e-3)
+    for row in rows:
+        if row["status"] != "ok":
+            assert row["status"] == "unavailable", row
             continue
-        assert row["provider"] in PEERS
-        assert row["status"] == "ok"
-        assert 0 < row["error"] < 1e-5
-        assert row["error"] == max(row["errors"].values())
+        assert 0 < row["error"] == max(row["errors"].values()) < (1e-5 if row["dtype"] != "bfloat16" else 3e-2)
+        assert row["fraction"] == pytest.approx(row["gbps"] / 10.0, rel=1e-3)
+        assert row["ms_min"] <= row["quantiles"]["0.1"] <= row["ms"] <= row["quantiles"]["0.9"]
         assert row["repeats"] >= 2
-        assert row["ms_first"] > 0
         assert (row["saved_bytes"] is None) == ("backward" not in row["pass"])
-        assert row["ms_min"] <= row["quantiles"]["0.1"] <= row["quantiles"]["0.25"] <= row["ms"]
-        assert row["ms"] <= row["quantiles"]["0.75"] <= row["quantiles"]["0.9"]
-        floats = {"forward": 3, "backward": 5, "forward+backward": 8, "step": 9}[row["pass"]]
-        assert row["gbps"] == pytest.approx(4 * floats * B * T * C / row["ms"] / 1e6, rel=1e-3)
-        assert row["fraction"] == pytest.approx(row["gbps"] / record["copy_gbps"], rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_other_dtypes(dtype: str, tmp_path: Path) -> None:
-    status, rows = run(tmp_path, "--dtypes", dtype)
-    assert status == 0
-    for (which, provider), row in rows.items():
-        if provider in ("fastwkv", "loop", "reference"):
-            assert row["status"] == "ok", (which, provider)
-        elif provider == "hf" and dtype == "float64":
-            assert row["status"] == "wrong"  # it computes in float32
+        assert [row[key] for key in ("packed", "ms_host", "peak_bytes", "head_start")] == [None] * 4
+    ok = {(row["op"], row["provider"], row["pass"]) for row in rows if row["status"] == "ok"}
+    always = ("fastwkv", "loop", "reference")
+    assert set(itertools.product(OPERATORS, always, passes.PASSES)) | {("wkv", "hf", "step")} <= ok
+    reasons = {"runs on a GPU only", "has no step", "not installed"}
+    reasons |= {"takes a multiplier of every token only", "takes real numbers only"}
+    assert {row["reason"] for row in rows if row["status"] == "unavailable"} <= reasons
 
 
 class Wrong(wkv_providers.Loop):
     """The loop, with one of its results changed."""
 
-    def __init__(self, name: str, result: str, factor: float = 1.01) -> None:
-        self.name, self.result, self.factor = name, result, factor
+    name = "loop"
+
+    def __init__(self, result, factor=1.01):
+        self.result, self.factor = result, factor
 
     def wkv(self, decay, u, k, v, state):
         if self.result == "gw":
             decay = decay.detach() + self.factor * (decay - decay.detach())
-        if self.result == "gk":
-            k = k.detach() + self.factor * (k - k.detach())
         y = super().wkv(decay, u, k, v, state)
         return y * self.factor if self.result == "y" else y
 
@@ -112,118 +115,182 @@ class Wrong(wkv_providers.Loop):
         return y, (num, den * self.factor if self.result == "state" else den, top)
 
 
+class Unconjugated(linear_scan_providers.Loop):
+    """The loop, whose gradient of a is that of its conjugate."""
+
+    def scan(self, a, x, h0):
+        return super().scan(torch.complex(a.real, 2 * a.imag.detach() - a.imag), x, h0)
+
+
 @pytest.mark.parametrize(
-    ("result", "which", "worst"),
-    [("y", "forward", "y"), ("gw", "forward+backward", "gw"), ("gk", "backward", "gk"), ("state", "step", "mean")],
+    ("operator", "provider", "worst"),
+    [
+        (WKV, Wrong("y"), {"forward": "y"}),
+        (WKV, Wrong("y", math.nan), {"forward": "y"}),
+        (WKV, Wrong("gw"), {"forward": None, "backward": "gw", "forward+backward": "gw"}),
+        (WKV, Wrong("state"), {"step": "mean"}),
+        (SCAN, Unconjugated(), {"forward": None, "backward": "ga", "step": None}),
+    ],
+    ids=["y", "NaN", "gw", "state", "conjugate"],
 )
-def test_wrong_result_is_reported_and_not_timed(
-    result: str, which: str, worst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setitem(WKV.providers, "loop", Wrong("loop", result))
-    status, rows = run(tmp_path, "--passes", which)
+def test_wrong_result_is_reported_and_not_timed(operator, provider, worst, tmp_path, monkeypatch):
+    monkeypatch.setitem(operator.providers, "loop", provider)
+    run = made(tmp_path, "--ops", operator.name, "--passes", ",".join(worst), "--providers", "fastwkv,loop")
+    status, rows = measured(run)
     assert status == 0
-    row = rows[which, "loop"]
-    assert (row["status"], row["ms"], row["repeats"]) == ("wrong", None, None)
-    assert row["reason"].startswith(f"error of {worst}")
-    assert row["error"] == pytest.approx(0.01, rel=0.5)
-    assert all(rows[which, name]["status"] == "ok" for name in PEERS if name != "loop")
-    printed = capsys.readouterr().out
-    assert "WRONG" in printed
-    assert row["reason"] in printed
+    for which, name in worst.items():
+        assert rows[which, "fastwkv"]["status"] == "ok"
+        row = rows[which, "loop"]
+        assert row["status"] == ("wrong" if name else "ok")
+        if name:
+            assert row["reason"].startswith(f"error of {name} ")
+            assert (row["ms"], row["repeats"]) == (None, None)
+    assert "WRONG" in ops.Ops.table(run.record())
 
 
-@pytest.mark.parametrize("factor", [1.01, math.nan])
-def test_wrong_result_of_this_package_ends_with_status_1(
-    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setitem(WKV.providers, "fastwkv", Wrong("fastwkv", "y", factor))
-    status, rows = run(tmp_path, "--passes", "forward")
-    assert status == 1
-    assert rows["forward", "fastwkv"]["status"] == "wrong"
-    assert rows["forward", "loop"]["status"] == "ok"
+def test_wrong_result_of_this_package_ends_with_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(WKV.providers, "fastwkv", Wrong("y", math.nan))
+    arguments = ["--ops", "wkv", "--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(tmp_path)]
+    assert ops.main([*arguments, "--passes", "forward", "--providers", "fastwkv"]) == 1
     assert "ops.py: fastwkv, wkv, forward, float32: wrong" in capsys.readouterr().err
 
 
-def test_failing_and_missing_providers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    class Failing(wkv_providers.Loop):
-        def wkv(self, *arguments):
-            raise RuntimeError("no luck\nat all")
+def test_peer_in_another_precision_is_wrong_in_float64(tmp_path):
+    _, rows = measured(made(tmp_path, "--ops", "wkv", "--dtypes", "float64", "--passes", "forward"))
+    assert {name: rows["forward", name]["status"] for name in HERE} == dict.fromkeys(HERE, "ok") | {"hf": "wrong"}
 
+
+class Failing(wkv_providers.Loop):
+    def wkv(self, *arguments):
+        raise torch.OutOfMemoryError("of 80 GiB\nnone is left")
+
+
+@pytest.mark.parametrize("start", [made, on_a_gpu])
+def test_provider_that_fails_is_a_row_and_the_others_go_on(start, tmp_path, monkeypatch):
     monkeypatch.setitem(WKV.providers, "loop", Failing())
-    monkeypatch.setattr(providers, "not_installed", lambda package: "not installed")
-    status, rows = run(tmp_path, "--passes", "forward")
+    run = start(tmp_path, "--ops", "wkv", "--passes", "forward,step", "--providers", "fastwkv,loop,reference")
+    status, rows = measured(run)
     assert status == 0
-    outcome = {name: (row["status"], row["reason"]) for (_, name), row in rows.items()}
-    assert outcome == {
-        "fastwkv": ("ok", None),
-        "hf": ("unavailable", "not installed"),
-        "loop": ("failed", "RuntimeError: no luck"),
-        "reference": ("ok", None),
-        "fla": ("unavailable", "runs on a GPU only"),
-        "rwkv-cuda": ("unavailable", "runs on a GPU only"),
-    }
-    printed = capsys.readouterr().out
-    assert "hf: not available, not installed" in printed
-    assert "loop, forward, 2, 8, 5, float32: failed, RuntimeError: no luck" in printed
+    failed = rows.pop(("forward", "loop"))
+    assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: of 80 GiB")
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert "loop, forward, 2, 8, 5, float32: failed, OutOfMemoryError: of 80 GiB" in ops.Ops.table(run.record())
 
 
-def test_interrupt_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_keeps_the_passes_that_were_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(wkv_providers.Reference, "step", interrupt)
-    status, rows = run(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,reference")
-    assert status == 130
-    assert list(rows) == [("forward", "fastwkv"), ("forward", "reference")]
+    arguments = ["--ops", "wkv", "--device", "cpu", "--quick", "--shapes", "2x8x5", "--out", str(tmp_path)]
+    assert ops.main([*arguments, "--passes", "forward,step", "--providers", "fastwkv,reference"]) == 130
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert [(row["pass"], row["provider"]) for row in rows] == [("forward", "fastwkv"), ("forward", "reference")]
 
 
-def test_of_large_inputs_a_sample_of_channels_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = wkv_inputs.ordinary(2, 8, 5, torch.float32)
-    monkeypatch.setitem(passes.CHECKED, "cpu", 32)
-    assert passes.checked_channels(inputs) == slice(None, None, 3)
-    monkeypatch.setitem(passes.CHECKED, "cpu", 40)
-    assert passes.checked_channels(inputs) == slice(None, None, 3)  # an even step would leave all odd ones out
-    status, rows = run(tmp_path, "--providers", "fastwkv,loop")
-    assert status == 0
+def test_of_large_inputs_a_sample_of_channels_is_compared(tmp_path, monkeypatch):
+    inputs = WKV.draw("ordinary", (2, 8, 5), torch.float32, 0)
+    for elements in (32, 40):
+        monkeypatch.setitem(passes.CHECKED, "cpu", elements)
+        assert passes.checked_channels(inputs) == slice(None, None, 3)  # an even step would leave all odd ones out
+    _, rows = measured(made(tmp_path, "--ops", "wkv", "--providers", "fastwkv,loop"))
     assert {row["status"] for row in rows.values()} == {"ok"}
 
 
-BAD = {
-    "unknown operator 'attention' (choose from wkv, linear_scan, linear_scan_fixed)": ["--ops", "wkv,attention"],
-    "unknown provider 'tensorflow' (choose from fastwkv, hf, loop, reference, fla,": ["--providers", "hf,tensorflow"],
-    "unknown dtype 'int8' (choose from float32, bfloat16, float16, float64, complex64,": ["--dtypes", "int8"],
-    "nothing to measure: no operator of --ops has": ["--ops", "wkv", "--dtypes", "complex64"],
-    "one of --dtypes and one of --providers": ["--ops", "linear_scan", "--providers", "hf"],
-    "unknown pass 'sideways'": ["--passes", "sideways"],
-    "expected shapes like 4x1024x768, got '4x0x768'": ["--shapes", "1x1x1,4x0x768"],
-    "expected shapes like 4x1024x768, got 'large'": ["--shapes", "large"],
-    "packed documents are a batch of one, got '2x8x5p'": ["--shapes", "2x8x5p"],
-    "argument --minutes: expected a whole number of at least 1": ["--minutes", "0"],
-    "there is no wkv_op.cpp in 'other'": ["--rwkv-cuda", "other"],
-    **BAD_OPTION,
-    **BAD_DEVICE,
-    **bad_results("ops"),
-}
+def test_beyond_the_longest_loop_the_reference_is_our_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(type(WKV), "expected", lambda self, inputs, *, state, own: asked.append(own))
+    run = made(tmp_path, "--ops", "wkv", "--shapes", "1x8193x1,1x8192x1", "--passes", "forward")
+    for case in run.args.cases:
+        run._expected(case, case.draw(0, torch.device("cpu")))
+    assert asked == [True, False]
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_give_one_line_and_status_2(message: str, refused: Callable[..., None]) -> None:
-    refused(ops, BAD[message], message)
+def test_rows_of_a_gpu_tell_device_time_host_time_and_memory(tmp_path, capsys):
+    run = on_a_gpu(tmp_path, "--passes", ALL)
+    status, rows = measured(run)
+    assert status == 0
+    assert " s  wkv [2, 8, 5] float32\n" in capsys.readouterr().err  # where no bar is shown
+    ok = [row for row in rows.values() if row["status"] == "ok"]
+    assert {row["provider"] for row in ok} == HERE
+    for row in ok:
+        assert row["ms"] > 0
+        assert row["ms_host"] >= 0
+        assert (row["peak_bytes"], row["head_start"]) == (42, False)
+        ours_alone = (row["pass"], row["provider"]) == ("step", "fastwkv")
+        assert (row["ms_graph"] or 0) == (pytest.approx(2.1e-4, rel=0.01) if ours_alone else 0)  # of 21 µs a hundredth
 
 
-def test_complains_when_other_processes_are_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(timing.OtherWork, "cores", lambda self: 1.5)
-    _, rows = run(tmp_path, "--passes", "forward", "--providers", "fastwkv")
-    assert rows["forward", "fastwkv"]["other_cores"] == 1.5
-    assert "other processes kept up to 1.5 cores busy" in capsys.readouterr().err
+def test_cases_and_providers_after_the_deadline_are_left_out(tmp_path, monkeypatch):
+    class Slow(wkv_providers.Loop):
+        def wkv(self, *arguments):
+            run.deadline = -math.inf
+            return super().wkv(*arguments)
+
+    monkeypatch.setitem(WKV.providers, "loop", Slow())
+    options = ["--passes", "forward", "--providers", "fastwkv,loop,reference", "--shapes", "2x8x5,1x8x5"]
+    run = made(tmp_path, "--ops", "wkv", "--minutes", "1", *options)
+    assert math.isfinite(run.deadline)
+    assert run.run() == 0
+    late = ("unavailable", "out of time")
+    assert [(row["status"], row["reason"]) for row in run.rows] == [("ok", None)] * 2 + [late] * 4
 
 
-@pytest.mark.parametrize(("ms", "verdict"), [(70.0, "60, reached"), (59.0, "60, MISSED")])
-def test_table_says_whether_the_target_was_reached(ms: float, verdict: str) -> None:
-    row = {"op": "wkv", "pass": "forward", "dtype": "float32", "B": 1, "T": 1024, "C": 768, "status": "ok"}
-    row |= {"ms_min": 1.0, "quantiles": {"0.1": 1.0, "0.9": 1.0}, "gbps": 1.0, "error": 1e-7, "repeats": 3}
-    row |= {"ms_host": None, "fraction": 0.5}
-    rows = [{**row, "provider": "fastwkv", "ms": 1.0}, {**row, "provider": "hf", "ms": ms}]
-    title, _, head, _, ours, peer = table.tables(rows, "cpu").splitlines()
-    assert title == "wkv"
-    assert len({len(head), len(ours), len(peer)}) == 1
-    assert verdict in peer
-    assert "reached" not in ours
-    assert "60, " not in table.tables(rows, "cuda")
+def test_peer_whose_first_calls_take_long_is_not_asked_for_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "PATIENCE", 0.0)
+    monkeypatch.setitem(WKV.providers, "hf", type("Failing", (Failing,), {"name": "hf"})())  # failures take time too
+    _, rows = measured(on_a_gpu(tmp_path, "--passes", "forward,backward"))
+    found = outcome(rows)
+    assert found["forward", "loop"] == found["forward", "fastwkv"] == found["backward", "fastwkv"] == ("ok", None)
+    assert found["forward", "hf"][0] == "failed"
+    for name in ("hf", "loop"):
+        assert found["backward", name][1].startswith("its first calls took")
+    named = measured(on_a_gpu(tmp_path, "--passes", "forward,backward", "--providers", "fastwkv,loop"))[1]
+    assert {row["status"] for row in named.values()} == {"ok"}
+
+
+def test_failure_while_it_is_timed_is_a_row(tmp_path, monkeypatch):
+    class Later(wkv_providers.Loop):
+        calls = itertools.count()
+
+        def wkv(self, *arguments):
+            return super().wkv(*arguments) if next(self.calls) < 2 else interrupted_device()
+
+    def interrupted_device():
+        raise RuntimeError("too late")
+
+    monkeypatch.setitem(WKV.providers, "loop", Later())
+    _, rows = measured(on_a_gpu(tmp_path, "--passes", "forward", "--providers", "fastwkv,loop"))
+    assert outcome(rows) == {
+        ("forward", "fastwkv"): ("ok", None),
+        ("forward", "loop"): ("failed", "RuntimeError: too late"),
+    }
+
+
+def test_lost_device_ends_the_run_with_what_was_measured(tmp_path, monkeypatch, capsys):
+    class Losing(wkv_providers.Loop):
+        def step(self, *arguments):
+            if len(run.rows) == 3:  # those of the forward pass
+                run.cuda.synchronize = lost
+                lost()
+            return super().step(*arguments)
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(WKV.providers, "loop", Losing())
+    run = on_a_gpu(tmp_path, "--passes", "forward,step", "--providers", "fastwkv,loop,reference")
+    status, rows = measured(run)
+    assert status == 1
+    ok = {("forward", name) for name in ("fastwkv", "loop", "reference")}
+    assert {key for key, row in rows.items() if row["status"] == "ok"} == ok
+    assert rows["step", "loop"]["status"] == "failed"
+    assert ("step", "reference") not in rows
+    assert "ops.py: the device is lost: loop, wkv, step: RuntimeError: CUDA error: an ill" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["draw", "expected"])
+def test_inputs_or_reference_that_fail_are_rows(name, tmp_path, monkeypatch):
+    def fail(self, *arguments, **options):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(type(WKV), name, fail)
+    _, rows = measured(on_a_gpu(tmp_path, "--passes", "forward,backward", "--providers", "fastwkv,loop"))
+    assert list(map(itemgetter("reason"), rows.values())) == ["OutOfMemoryError: too large"] * 4

@@ -1,79 +1,110 @@
-"""What the operator benchmark makes of its rows: figures, the README's tables, what was aimed at on a GPU."""
+"""The operator benchmark before and after it measures: its cases, its figures and tables, its targets."""
 
-from pathlib import Path
-from typing import Any
+import math
+import pickle
+from argparse import Namespace
 
 import pytest
-from bench_scripts import ROOT, assert_refused
+import torch
 
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-from throughput import figure, table
+from throughput import figure, passes, plan, precompile, table
 
+OPERATORS = plan.OPERATORS
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU_SHAPES = [(8, 1024, 768), (8, 4096, 2048), (8, 4096, 4096), (32, 1024, 1024)]
+GPU_SHAPES += [(1, 16384, 1024), (1, 65536, 1024), (1, 131072, 2560), (1, 65536, 1024)]
 DEVICES = {"cpu": {"type": "cpu", "name": "a processor", "threads": 2}, "cuda": {"type": "cuda", "name": "a GPU"}}
 
 
-def row(provider: str, ms: float | None, which: str = "forward", **other: Any) -> dict[str, Any]:
+def cases(**given):
+    defaults = {"ops": list(OPERATORS), "dtypes": None, "shapes": None, "passes": None, "providers": None}
+    return plan.cases(Namespace(**defaults | {"device": GPU, "quick": False} | given), None)
+
+
+def test_cases_by_default_on_a_gpu():
+    found = cases()
+    assert {case.providers[0] for case in found} == {"fastwkv"}
+    kinds = dict.fromkeys((case.operator.name, case.dtype) for case in found)
+    scans = [
+        (op, dtype) for op in ("linear_scan", "linear_scan_fixed") for dtype in ("bfloat16", "float32", "complex64")
+    ]
+    assert list(kinds) == [("wkv", "bfloat16"), ("wkv", "float32"), *scans]
+    for kind in kinds:
+        here = [case for case in found if (case.operator.name, case.dtype) == kind]
+        assert [case.shape for case in here] == GPU_SHAPES
+        assert [case.layout.packed for case in here] == [False] * 7 + [True]
+        assert all(set(passes.PASSES) - {"step"} <= set(case.passes) for case in here)
+        # One token of (1, T, 1024) is the same for both T.
+        stepped = [(case.shape[0], case.shape[2]) for case in here if "step" in case.passes]
+        assert stepped == [(8, 768), (8, 2048), (8, 4096), (32, 1024), (1, 1024), (1, 2560)]
+
+
+def test_cases_by_default_on_a_cpu():
+    found = [(case.operator.name, case.dtype, case.shape) for case in cases(device=CPU)]
+    shapes = [(4, 4096, 256), (1, 1024, 256), (8, 784, 128), (32, 64, 128)]
+    wkv = [("wkv", "float32", shape) for shape in ((1, 1024, 768), (4, 1024, 768))]
+    scans = [("linear_scan", "complex64", shape) for shape in shapes]
+    assert found == [*wkv, *scans, ("linear_scan_fixed", "complex64", shapes[0])]
+
+
+def test_operators_leave_out_dtypes_and_providers_that_they_have_not():
+    options = {"device": CPU, "shapes": plan.layouts("1x2x3")}
+    found = {(case.operator.name, case.dtype) for case in cases(dtypes=["complex64", "float32"], **options)}
+    scans = {(op, dtype) for op in ("linear_scan", "linear_scan_fixed") for dtype in ("complex64", "float32")}
+    assert found == {("wkv", "float32")} | scans
+    named = cases(providers=["loop", "rwkv-cuda", "fastwkv", "hf"], **options)
+    assert [case.providers for case in named[:2]] == [("fastwkv", "hf", "loop", "rwkv-cuda"), ("fastwkv", "loop")]
+    assert {case.operator.name for case in cases(providers=["hf"], **options)} == {"wkv"}
+
+
+def test_kernels_are_compiled_on_the_same_channels_with_fewer_tokens():
+    found = {precompile.shortened(case) for case in cases(ops=["wkv"])}
+    assert all(math.prod(case.shape) <= precompile.ELEMENTS for case in found)
+    assert {case.shape[2] for case in found} == {768, 1024, 2048, 2560, 4096}
+    assert {case.layout.packed for case in found} == {False, True}
+    case = cases(device=CPU, ops=["wkv"], shapes=plan.layouts("1x9x5p"))[0]
+    precompile.run_once(pickle.loads(pickle.dumps(case)), CPU)  # as another process gets it
+
+
+def row(provider, ms, which="forward", **other):
     one = {"op": "wkv", "pass": which, "dtype": "bfloat16", "B": 8, "T": 4096, "C": 2048, "packed": None}
     one |= {"provider": provider, "status": "ok", "reason": None, "ms": ms, "ms_min": ms, "ms_host": 0.02, "gbps": 9.0}
     return one | {"quantiles": {"0.1": ms, "0.9": ms}, "repeats": 9, "error": 1e-3, "fraction": 0.8 / (ms or 1)} | other
 
 
-def record(rows: list[dict[str, Any]], device: str = "cuda") -> dict[str, Any]:
-    return {"device": DEVICES[device], "copy_gbps": 1234.5, "rows": rows}
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_figure_has_an_image_for_every_operator(device: str, tmp_path: Path) -> None:
+def test_figure_is_drawn_for_every_operator_that_has_times(device, tmp_path):
     rows = [row("fastwkv", 1.0), row("fla", 400.0), row("newcomer", 7.0), row("fastwkv", 2.0, "backward")]
     rows += [row("fastwkv", 1.0, dtype="float32"), row("fastwkv", 1.0, packed=57)]
-    rows += [row("fastwkv", 1.0, op="linear_scan"), row("fastwkv", None, op="linear_scan_fixed", status="failed")]
-    drawn = figure.draw_all(record(rows, device), tmp_path)
+    rows += [row("fla", 1.0, op="linear_scan"), row("fastwkv", None, op="linear_scan_fixed", status="failed")]
+    drawn = figure.draw({"device": DEVICES[device], "copy_gbps": 1234.5, "rows": rows}, tmp_path)
     assert [path.name for path in drawn] == ["ops_wkv.png", "ops_linear_scan.png"]
     assert sorted(drawn) == sorted(tmp_path.iterdir())
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_dtype_without_the_passes_that_are_drawn_is_an_empty_panel(tmp_path: Path) -> None:
-    rows = [row("fastwkv", 1.0, "backward"), row("fastwkv", 1.0, "forward+backward", dtype="float32")]
-    assert len(figure.draw_all(record(rows), tmp_path)) == 1
+def test_figure_has_a_panel_for_what_was_measured_and_none_that_is_empty():
+    def panels(*found):
+        return figure.panels([{"dtype": dtype, "pass": which} for dtype, which in found])
+
+    a, b = "float32", "bfloat16"
+    assert panels((a, "forward"), (a, "forward+backward"), (a, "step")) == [(a, "forward"), (a, "forward+backward")]
+    both = [(a, "forward"), (a, "forward+backward"), (a, "backward"), (b, "forward+backward")]
+    assert panels(*both) == [(a, "forward"), (a, "backward"), (b, "forward+backward")]
 
 
-@pytest.mark.parametrize("script", [table, figure], ids=["table", "figure"])
-def test_bad_command_lines_are_refused(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text("[1]")
-    assert_refused(script, [], "the following arguments are required: ops.json", capsys)
-    for name in ("absent.json", "other.json"):
-        assert_refused(script, [name], f"'{name}' is not a result of a benchmark", capsys)
-
-
-def test_figure_shows_backward_or_what_has_it_in_it() -> None:
-    def passes(*found: str) -> list[str]:
-        return figure.columns([{"pass": which} for which in found])
-
-    assert passes("forward", "forward+backward", "step") == ["forward", "forward+backward"]
-    assert passes("forward", "forward+backward", "backward") == ["forward", "backward"]
-    assert passes("backward") == ["backward"]
-
-
-def test_committed_results_can_be_drawn_again(tmp_path: Path) -> None:
-    results = ROOT / "bench" / "results" / "cpu-2-cores" / "ops.json"
-    assert figure.main([str(results), str(tmp_path)]) == 0
-    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert drawn == ["ops_linear_scan.png", "ops_linear_scan_fixed.png", "ops_wkv.png"]
-
-
-def test_readme_table_names_the_best_peer() -> None:
+def test_short_table_names_the_best_peer():
     rows = [row("fastwkv", 0.5, "backward"), row("fla", 400.0, "backward"), row("fastwkv", 1.0)]
     rows += [row("fla", 3.0), row("rwkv-cuda", 2.0), row("reference", 1.5)]  # the reference is ours
     rows += [row("fla", None, status="failed"), row("fastwkv", 4.0, packed=57), row("fastwkv", 1.0, dtype="float32")]
-    text = table.readme(record(rows))
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "(" in line]
-    assert cells == [
+    text = table.in_short(rows)
+    assert [cells(line) for line in text.splitlines() if "(" in line] == [
         ["forward, (8, 4096, 2048)", "1", "80 %", "2", "rwkv-cuda", "2×"],
         ["forward, (8, 4096, 2048), 57 documents", "4", "20 %", "", "", ""],
         ["backward, (8, 4096, 2048)", "0.5", "160 %", "400", "fla", "800×"],
@@ -96,21 +127,19 @@ GOALS = [  # pass, dtype, shape, fraction, ratio
 ]
 
 
-@pytest.mark.parametrize(("which", "dtype", "shape", "fraction", "ratio"), GOALS)
-def test_goals_on_a_gpu(
-    which: str, dtype: str, shape: tuple[int, int, int], fraction: float | None, ratio: float
-) -> None:
-    where = dict(zip("BTC", shape, strict=True)) | {"dtype": dtype}
-    assert table.target(row("fastwkv", 1.0, which, **where), "cuda") == fraction
-    assert table.target(row("fla", 1.0, which, **where), "cuda") == ratio
-    assert table.target(row("fla", 1.0, which, **where, packed=57), "cuda") is None
-    assert table.target(row("fastwkv", 1.0, which, **where), "cpu") is None
+def test_goals_on_a_gpu():
+    for which, dtype, shape, fraction, ratio in GOALS:
+        where = dict(zip("BTC", shape, strict=True)) | {"dtype": dtype}
+        assert table.target(row("fastwkv", 1.0, which, **where), "cuda") == fraction
+        assert table.target(row("fla", 1.0, which, **where), "cuda") == ratio
+        assert table.target(row("fla", 1.0, which, **where, packed=57), "cuda") is None
+        assert table.target(row("fastwkv", 1.0, which, **where), "cpu") is None
 
 
 @pytest.mark.parametrize(
     ("fraction", "ms", "ours", "peer"), [(0.86, 3.1, "reached", "reached"), (0.84, 2.9, *2 * ["MISSED"])]
 )
-def test_table_on_a_gpu_says_what_was_reached(fraction: float, ms: float, ours: str, peer: str) -> None:
+def test_table_on_a_gpu_says_which_goals_were_reached(fraction, ms, ours, peer):
     rows = [row("fastwkv", 1.0, fraction=fraction), row("fla", ms), row("fastwkv", 1.0, packed=57)]
     *_, first, second, third = table.tables(rows, "cuda").splitlines()
     assert " 8, 4096, 2048 packed " in third
@@ -118,17 +147,29 @@ def test_table_on_a_gpu_says_what_was_reached(fraction: float, ms: float, ours: 
     assert f"3, {peer}" in second
 
 
-@pytest.mark.parametrize(
-    ("ms", "channels", "wanted"),
-    [
+def test_table_says_whether_a_target_on_a_cpu_was_reached():
+    scan = {"op": "linear_scan", "dtype": "complex64", "B": 4, "T": 4096, "C": 256}
+    wkv = {"op": "wkv", "dtype": "float32", "B": 1, "T": 1024, "C": 768}
+    for where, peer, aim in ((wkv, "hf", 60), (scan, "loop", 10)):
+        for ms, verdict in ((1.1 * aim, "reached"), (0.9 * aim, "MISSED")):
+            rows = [row("fastwkv", 1.0, **where), row(peer, ms, **where)]
+            title, _, head, _, ours, theirs = table.tables(rows, "cpu").splitlines()
+            assert title == where["op"]
+            assert len({len(head), len(ours), len(theirs)}) == 1
+            assert f"{aim}, {verdict}" in theirs
+            assert "reached" not in ours
+            for other in ({"dtype": "bfloat16"}, {"T": 7}):
+                assert f"{aim}, " not in table.tables([one | other for one in rows], "cpu")
+
+
+def test_table_says_whether_a_step_in_a_graph_is_short_enough():
+    for ms, channels, wanted in (
         (0.0029, 8192, "0.003 ms in a graph, reached"),
         (0.0031, 8192, "0.003 ms in a graph, MISSED"),
         (0.0031, 8193, ""),
         (None, 8192, ""),
-    ],
-)
-def test_table_says_whether_a_step_in_a_graph_is_short_enough(ms: float | None, channels: int, wanted: str) -> None:
-    line = table.tables([row("fastwkv", 1.0, "step", T=1, C=channels, ms_graph=ms)], "cuda").splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[table.HEAD.index("ms in a graph")] == ("" if ms is None else f"{ms:g}")
-    assert cells[-1] == wanted
+    ):
+        rows = [row("fastwkv", 1.0, "step", T=1, C=channels, ms_graph=ms)]
+        found = cells(table.tables(rows, "cuda").splitlines()[-1])
+        assert found[table.HEAD.index("ms in a graph")] == ("" if ms is None else f"{ms:g}")
+        assert found[-1] == wanted

@@ -55,8 +55,16 @@ def use_complex64(monkeypatch: pytest.MonkeyPatch) -> None:
         h, final = wide(a, x, initial, return_state=True, cu_seqlens=cu_seqlens)
         return F.linear(h.flatten(-2).to(out.dtype), out), final
 
-    monkeypatch.setattr(lru, "linear_scan", wide)
+    def both_ways(
+        u: Tensor, into: Tensor, a: Tensor, out: Tensor, initial: Any, cu_seqlens: Any
+    ) -> tuple[Tensor, Tensor]:
+        x = F.linear(u, into).unflatten(-1, (-1, 2))
+        h, final = wide(a, x, return_state=True, cu_seqlens=cu_seqlens)
+        both = torch.cat((h, wide(a, x, reverse=True, cu_seqlens=cu_seqlens)), 2)
+        return F.linear(both.flatten(-2).to(out.dtype), out), final
+
     monkeypatch.setattr(lru, "scan_between_products", between)
+    monkeypatch.setattr(lru, "_scan_both_ways", both_ways)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -14,7 +14,7 @@ from timing import by_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What programs do not take, by what they say of it; the files and folders are those of `occupy`.
+# Arguments that programs refuse, by the complaint; the files and folders are those of `occupy`.
 BAD_OPTION = {
     "unrecognized arguments: --fast": ["--fast"],
     "cannot write into 'file/results': Not a directory": ["--out", "file/results"],

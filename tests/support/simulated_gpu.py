@@ -1,4 +1,4 @@
-"""What takes the place of ops_cuda.Cuda on a CPU: one with a queue and clocks of its own, one that does all at once."""
+"""Stand-ins for on_gpu.Cuda on a CPU: one with a queue and clocks of its own, one that does all at once."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ class Event:
 
 
 class Simulated:
-    """Takes the place of ops_cuda.Cuda. Time passes where it is said to."""
+    """Takes the place of on_gpu.Cuda. Time passes where it is said to."""
 
     def __init__(self, cache: int = 100) -> None:
         self.device, self.cache = CPU, cache
@@ -80,7 +80,7 @@ class Simulated:
 
 
 class SimulatedGpu(Simulated):
-    """Takes the place of tuning.device.Gpu. What kernels count of clocks and nanoseconds is told beforehand."""
+    """Takes the place of tuning.device.Gpu. Clocks and nanoseconds that kernels count are told beforehand."""
 
     multiprocessors = 132
 
@@ -107,46 +107,23 @@ class SimulatedGpu(Simulated):
         self.released += 1
 
 
-class Passed:
-    def __init__(self, time: float) -> None:
-        self.time = time
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: "Passed") -> float:
-        return 1e3 * (other.time - self.time)
-
-
-class Immediate:
-    """The CPU in the place of ops_cuda.Cuda: without a queue, so that the host is never ahead.
+class Immediate(Simulated):
+    """The CPU in the place of on_gpu.Cuda: without a queue, so that the host is never ahead.
 
     Its clock goes on by a microsecond at every look, so that nothing depends on how fast the machine is.
     """
-
-    device, cache = CPU, 1000
-
-    def __init__(self) -> None:
-        self.clock = 0.0
 
     def now(self) -> float:
         self.clock += 1e-6
         return self.clock
 
-    def mark(self) -> Passed:
-        return Passed(self.now())
-
-    def synchronize(self) -> None: ...
+    def mark(self) -> Event:
+        self.now()
+        return Event(self)
 
     def sleep(self, seconds: float) -> None: ...
 
     def evict(self) -> None: ...
-
-    def record(self, call: Any) -> Any:
-        def replay() -> None:
-            self.clock += 1e-3
-
-        return SimpleNamespace(replay=replay), call()
 
     def begin_peak(self) -> int:
         return 100
