@@ -49,7 +49,7 @@ E64 = 6.235149080811617e27  # e^64
 
 # e^x = 2^n (1 + p(r) r), where n is x / ln 2 rounded and r = x - n ln 2. ln 2 is a sum of two numbers, of which the
 # first has so few digits that n times it is exact. p is the polynomial with the least relative error for
-# |r| <= ln(2) / 2: 2.6e-9 and 1.8e-17.
+# |r| <= ln(2) / 2: 2.6e-9 and 6.8e-17.
 LN2_HIGH_FLOAT32, LN2_LOW_FLOAT32 = 0.693145751953125, 1.4286068203094173e-06
 LN2_HIGH_FLOAT64, LN2_LOW_FLOAT64 = 0.6931471805592082, 7.371002565167799e-13
 EXP_FLOAT32 = (
