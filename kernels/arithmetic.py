@@ -155,7 +155,7 @@ def plus_sum(h, low, x, EXACT: tl.constexpr):
 
 @triton.jit
 def rounded_sum(h, low):
-    """Return h + low as one number. Where h has overflowed low is NaN, and h alone is returned."""
+    """Return h + low as one number. Where low is NaN, since h has overflowed, this is h alone."""
     if len(h) == 2:
         re = tl.where(low[0] == low[0], h[0] + low[0], h[0])
         return (re, tl.where(low[1] == low[1], h[1] + low[1], h[1]))

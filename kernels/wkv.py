@@ -7,14 +7,16 @@ sum without v_i = den e^p. A token is weighed against the past twice, with gap_t
     num, den <- e1 num + e2 v_t, e1 den + e2             e1 : e2 = e^{gap_t - w} : 1     the next state
 
 Stabiliser. Of two weights whose exponents differ by d the larger is 1 and the other e^{-|d|}: one exponential for each
-of the two uses, never an overflow. p is never stepped down by w: it is kept as an anchor, the key that it comes from,
-and its age, p = anchor - age w. gap = fma(-age, w, anchor - k) subtracts the two keys first, which loses nothing where
-they are close. Where a state leaves the registers, what the rounding of p cuts off is folded into num and den.
+of the two uses, never an overflow. p is never stepped down by w, which would drift by 1e-4 in some thousand tokens. It
+is kept as an anchor, the key that it comes from, and its age, p = anchor - age w. gap = fma(-age, w, anchor - k)
+subtracts the two keys first, which loses nothing where they are close. Where a state leaves the registers, what the
+rounding of p cuts off is folded into num and den.
 
 Absent tokens and empty states. A token with k = -inf is absent: its gap is +inf and its weight 0. In memory an empty
-state has den = 0 and p = -inf. In registers it has num = 0, the finite p = NO_PAST, below which no key lies, and as den
-the smallest normal number on a GPU (0 on a CPU): so no sum of weights is 0 there, unless an initial state is given, and
-divisions need no guard. Where no weight is left at all y is 0.
+state has den = 0 and p = -inf. In registers it has num = 0 and p = NO_PAST, which is finite, so that infinities are
+never subtracted from each other, and no key lies below it. Its den there is the smallest normal number on a GPU, and 0
+on a CPU. So on a GPU no sum of weights is 0, unless an initial state is given, and divisions need no guard. Where all
+weights are 0, y is 0.
 
 Adjoint. Let m = num/den be the mean of the past values and l = p + log den the logarithm of their weight. With the
 sigmoids s_t = σ(k_t + u - l_{t-1}) and r_t = σ(k_t + w - l_{t-1}), the weights of token t in its own output and in the
@@ -39,8 +41,8 @@ ops/wkv.py: gm and gl are then the gradients of num and den themselves, and thos
 Chunks. Both passes are associative along time. A sequence is one chunk where batch and channels fill the device. Else
 every chunk is first summarised from an empty state (by the same kernel, without its outputs), the summaries are scanned
 in order (wkv_carry.py), and every chunk is finished from its true state. The adjoint of a chunk is affine:
-(gm, gl) <- (kept gm + cm, kept gl + mixed gm + cl), where kept is the product of all 1-r, and cm and cl are what the
-chunk makes of gm = gl = 0.
+(gm, gl) <- (kept gm + cm, kept gl + mixed gm + cl), where kept is the product of all 1-r, and (cm, cl) the result for
+gm = gl = 0.
 
 Memory. A program is a warp, a lane a channel. It reads tiles of ROWS tokens, 16 bytes a lane, STAGES - 1 of them on
 their way while one is worked on; shared memory hands the rows to the lanes. The last tokens, and those of packed

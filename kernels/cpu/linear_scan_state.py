@@ -82,7 +82,7 @@ def plus_sum(h, low, x, exact):
 
 @inlined
 def rounded_sum(h, low, exact):
-    """Return h + low as one number. Where h has overflowed low is NaN, and h alone is returned."""
+    """Return h + low as one number. Where low is NaN, since h has overflowed, this is h alone."""
     if exact is None:
         return h
     return select(low == low, h + low, h)
