@@ -11,7 +11,7 @@ PACKAGE = import_graph(REPOSITORY / "fastwkv", "fastwkv")
 ROOMS = {
     "fastwkv.reference": set(),
     "fastwkv.kernels": set(),
-    "fastwkv.kernels.cpu": {"fastwkv.kernels.config", "fastwkv.kernels.launch"},
+    "fastwkv.kernels.cpu": {"fastwkv.kernels.config", "fastwkv.kernels.launch", "fastwkv.kernels.notation"},
     "fastwkv.ops": {"fastwkv.kernels.launch", "fastwkv.reference.wkv"},  # the latter for WKVState
     "fastwkv.nn": {"fastwkv.ops", "fastwkv.reference.wkv"},
     "fastwkv.integrations": {"fastwkv.ops", "fastwkv.nn", "fastwkv.reference.wkv"},

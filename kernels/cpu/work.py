@@ -1,4 +1,4 @@
-"""How the CPU kernels divide their work, and how tensors are made to fit their vectors."""
+"""The division of the CPU kernels' work over threads, and tensors made to fit their vectors."""
 
 import ctypes
 import mmap
@@ -68,7 +68,7 @@ def large_empty_like(t: Tensor) -> Tensor:
 
 
 def fits(t: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take a tensor as it is, for sums of this dtype."""
+    """Return whether the kernels take a tensor as it is, for sums of this dtype."""
     converts = dtype == torch.float32 and (t.dtype == torch.bfloat16 or (t.dtype == torch.float16 and HAS_FLOAT16))
     return t.shape[-1] * dtype.itemsize >= VECTOR_BYTES and (t.dtype == dtype or converts)
 
@@ -89,7 +89,7 @@ def as_complex(pairs: Tensor) -> Tensor:
 
 
 def run(kernel: Callable[[tuple[int, int, int]], None], N: int, C: int, elements: int, dtype: torch.dtype) -> None:
-    """Call ``kernel((channels in a block, first unit, last unit))`` for all units, on several threads if that pays.
+    """Call ``kernel((channels in a block, first unit, stop))`` for all units, on several threads if that pays.
 
     A unit of work is one of N sequences in one block of channels.
     """
