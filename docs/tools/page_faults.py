@@ -15,12 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import torch  # noqa: E402
-from common import result_file  # noqa: E402 (bench/ is a folder of scripts and no package)
-from common.about import about_run  # noqa: E402
-from common.command_line import add_out, parser_of, positive  # noqa: E402
+import torch
+from common import result_file
+from common.about import about_run
+from common.command_line import add_out, parser_of, positive
 
-from fastwkv import linear_scan, wkv  # noqa: E402
+from fastwkv import linear_scan, wkv
 
 KEEP = str(1 << 31)
 SETTINGS = {  # of glibc, but for the last
