@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 
 def checkpoint_rows(itemsize: int) -> int:
-    """Tokens from one of WKV's checkpoints to the next, a power of two; ``itemsize`` is that of the state, in bytes.
+    """Return the tokens between two checkpoints of WKV, a power of two; ``itemsize`` is that of the state, in bytes.
 
     With float32 a checkpoint is 0.75 bytes a token and channel. The backward kernel keeps six numbers of each of these
     tokens in registers: of 16 tokens in float32; of 8 in float64 they would spill.
@@ -20,7 +20,7 @@ the time, with four the compiler finds nothing more to win."""
 
 FORWARD_REGISTERS = 128
 BACKWARD_REGISTERS = 255
-"""Registers that a lane of WKV's kernels may have. Left to itself ptxas aims at 64 and 168: one warp of the forward
+"""Registers that a lane of WKV's kernels may have. Without a bound ptxas aims at 64 and 168: one warp of the forward
 kernel then takes 64 clocks a row in place of 51, and with some versions the backward kernel spills."""
 
 CARRY_GROUP = 8
@@ -31,7 +31,7 @@ SCAN_ROWS = 16
 
 
 def scan_rows(itemsize: int, parts: int, exact: bool, packed: bool, backward: bool) -> int:
-    """Tokens of a tile, for numbers of one part or two of ``itemsize`` bytes in registers, their sums exact or not.
+    """Return the tokens of a tile, for numbers of one or two parts of ``itemsize`` bytes, their sums exact or not.
 
     In float64 16 tokens would spill in the backward pass, and so they do in float32 where sequences are packed and rows
     are not aligned. Unrolled 16 times, complex numbers take 9 seconds to compile if sums are exact, and 17 if sequences
@@ -42,8 +42,8 @@ def scan_rows(itemsize: int, parts: int, exact: bool, packed: bool, backward: bo
 
 
 FP_FUSION = False
-"""Whether compilers may turn products and sums into fused multiply-adds where none is written. They may not: the exact
-sums rest on the rounding of each, and kernels give on a device what is written, and tested, without one."""
+"""The permission for compilers to make fused multiply-adds of products and sums. They have none: the exact sums rest on
+the rounding of each, and kernels give on a device what is written, and tested, without one."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Launch:
     stages: int = STAGES
     """Tiles of each input in shared memory."""
 
-    def options(self, C: int) -> dict[str, int]:
-        """What every kernel that walks along time is compiled for."""
+    def constants(self, C: int) -> dict[str, int]:
+        """Return what every kernel that walks along time is compiled for."""
         return {"C": C, "BLOCK_C": self.block_c, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 

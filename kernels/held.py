@@ -1,13 +1,14 @@
-"""Starts kernels for a fraction of what Triton asks of the host: compiled ones are held here, under a key of our own.
+"""Starts kernels for a fraction of the time that Triton asks of the host: compiled ones are held here, by our own key.
 
-Triton finds a compiled kernel by the types, alignments and constants of all arguments, which it writes down as text at
-every launch. Here the constants of a launch are one object, made once (:func:`constants`); tensors and numbers are
-looked at for what Triton looks at, and the kernel that is found is started as Triton would start it. What is not known
-to be so is left to Triton: another version, another backend, interpreted kernels, hooks that want to see launches.
+Triton finds a compiled kernel by the types, alignments and constants of all arguments, and writes these down as a
+string at every launch. Here the constants of a launch are one object, made once (:func:`constants`). Of tensors and
+numbers the key has the properties that Triton's has, and the kernel that is found is started as Triton would start it.
+Triton itself starts kernels where that is not known to be right: in another version, on another backend, for
+interpreted kernels, and where hooks want to see launches.
 
 Two launches of one key are launches of one of Triton's keys: tests/kernels/test_held.py draws arguments and compares.
-Of Triton's checks one is gone: that nobody changed a global value after a kernel that reads it was compiled. So is, of
-its key, a setting of the floating-point sanitizer, under which launches are left to Triton anyway.
+One of Triton's checks is not made, that nobody changed a global value after a kernel that reads it was compiled. One
+setting is not in the key, that of the floating-point sanitizer, under which Triton starts all kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def start(
 
 
 def _left_to_triton(kernel: Any) -> bool:
-    """Whether somebody wants to see launches, or to compile kernels in another way than usual."""
+    """Return whether somebody wants to see launches, or to compile kernels in another way than usual."""
     if not _KNOWN or type(kernel) is not JITFunction:
         return True
     try:

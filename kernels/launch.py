@@ -1,4 +1,4 @@
-"""What the launchers of every device need to know before they start a kernel."""
+"""Dtypes, shapes and launch shapes, which the launchers of every device and the operators ask for."""
 
 from functools import lru_cache
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from fastwkv.kernels.config import Launch, checkpoint_rows, scan_launch, wkv_launch
 
-# The host has a few microseconds for all of a launch. What follows from a shape alone is computed once.
+# The host has a few microseconds for all of a launch. A launch shape follows from sizes alone, and is computed once.
 _wkv_launch, _scan_launch = lru_cache(wkv_launch), lru_cache(scan_launch)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """Dtype of sums, states and their gradients: float64 if any argument is float64, else float32."""
+    """Return the dtype of sums, states and their gradients: float64 if any argument is float64, else float32."""
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def scan_dtypes(a: Tensor, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of the output h and of the states of a linear scan; 16 bits accumulate in float32.
+    """Return the dtypes of the output h and of the states of a linear scan; 16 bits accumulate in float32.
 
     Where x holds pairs, ``[B, T, C, 2]``, so does h, and states are complex.
     """
@@ -26,7 +26,7 @@ def scan_dtypes(a: Tensor, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def checkpoint_shape(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Shape of WKV's checkpoints: num, den, max before every ``checkpoint_rows``-th token, one below the other.
+    """Return the shape of WKV's checkpoints: num, den, max before every ``checkpoint_rows``-th token.
 
     Three axes and not ``[B, blocks, 3, C]``: blocks may be 1 and 3 blocks may not, and where T is symbolic PyTorch
     would make two cases of that.

@@ -1,94 +1,94 @@
-"""The adjoint of the linear scan on a GPU; linear_scan.py holds the mathematics."""
+"""The adjoint of the linear scan on a GPU. It is derived in linear_scan.py; here are its kernel and its launcher."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import (
-    conjugate,
-    filled,
-    load,
-    numbers_of,
-    plus,
-    plus_sum,
-    rounded_sum,
-    store,
-    tile_of_numbers,
-    tile_offsets,
-    times,
-    times_sum,
-)
+from fastwkv.kernels.arithmetic import conjugate, filled, load, plus, plus_sum, rounded_sum, store, times, times_sum
 from fastwkv.kernels.config import Launch
 from fastwkv.kernels.held import start
 from fastwkv.kernels.launch import scan_dtypes, scan_launch_for
-from fastwkv.kernels.linear_scan import (
+from fastwkv.kernels.linear_scan_carry import run_carry
+from fastwkv.kernels.linear_scan_state import (
     as_parts,
     edges_of,
     gate_of,
-    load_row,
+    load_of_sequence,
     row_constants,
-    store_row,
+    store_of_sequence,
     summaries,
 )
-from fastwkv.kernels.linear_scan_carry import run_carry
 from fastwkv.kernels.packing import fill_idle_rows, packed_edges
 from fastwkv.kernels.row_sums import row_sums
+from fastwkv.kernels.tiles import block_channels, chunk_span, numbers_of, tile_of_numbers, tile_offsets
 
 
 @triton.jit
 def _reverse_rows(
-    gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr, ga_ptr, gx_ptr, at, inside, ginitial_ptr,
-    q, low, product, product_low, ga_sum, b, t, end, c, in_c,
-    C: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    numbers, state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr, out, place, channels,
+    C: tl.constexpr, FIXED: tl.constexpr, LOG: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Run the adjoint over ROWS tokens from t on, the last first, and store what is wanted of each.
+    """Run the adjoint over the rows of a tile, the last first, and store what is wanted of each.
 
-    ``pasts`` has h before each token, 0 before the first of all. Returns what is before the tokens.
+    ``numbers`` are gates, gh and h before each row (0 before the first token of all), ``state`` is (q, low, product,
+    product_low, ga_sum), ``place`` batch row, first token, the chunk's end and the edges. Return the state before the
+    rows.
     """
-    OUTPUT: tl.constexpr = ga_ptr is not None
+    gates, ghs, befores = numbers
+    q, low, product, product_low, ga_sum = state
+    batch, t, end, edges = place
+    ROWS: tl.constexpr = len(ghs)
+    SUMMARY: tl.constexpr = gx_ptr is None
     gas = ()
     gxs = ()
-    block_sum = filled(0.0, q)  # a sum of sums: a running sum of single terms would lose digits over a long T
+    row_sum = filled(0.0, q)  # a sum of sums: a running sum of single terms would lose digits over a long T
     for i in tl.static_range(ROWS - 1, -1, -1):
         ga = filled(0.0, q)
         g = ga
         if (not MASKED) or (end > t + i):
-            past = pasts[i] if OUTPUT else q
+            before = q if SUMMARY else befores[i]
             if edge_ptr is not None:
                 if ((edges >> (2 * i + 1)) & 1) != 0:
                     low = filled(0.0, q)
-                    q = load_row(gfinal_ptr, edge_ptr + t + i, C, c, in_c, q)
+                    q = load_of_sequence(gfinal_ptr, edge_ptr + t + i, C, channels, q)
                 if ((edges >> (2 * i)) & 1) != 0:
-                    past = load_row(initial_ptr, edge_ptr + t + i, C, c, in_c, q)
+                    before = load_of_sequence(initial_ptr, edge_ptr + t + i, C, channels, q)
             elif (i == 0) and (initial_ptr is not None):
                 if t == 0:
-                    past = load(initial_ptr, b * C + c, in_c, q)
-            given = gate if gates is None else gate_of(gates[i], LOG, EXACT)
-            a = conjugate(given[0])
-            a_low = given[1] if LOG and EXACT else None
+                    before = load(initial_ptr, batch * C + channels[0], channels[1], q)
+            gate = gates if FIXED else gate_of(gates[i], LOG, EXACT)
+            a = conjugate(gate[0])
+            a_low = gate[1] if LOG and EXACT else None
             g, low = plus_sum(q, low, ghs[i], EXACT)
             q, q_low = times_sum(a, a_low, g, low, EXACT)
-            if OUTPUT:
+            if not SUMMARY:
                 g = rounded_sum(g, low) if EXACT else g
-                ga = times(g, conjugate(past))
+                ga = times(g, conjugate(before))
                 if LOG:
-                    ga = times(ga, given[0])
-                if gates is None:
-                    block_sum = plus(block_sum, ga)
+                    ga = times(ga, gate[0])
+                if FIXED:
+                    row_sum = plus(row_sum, ga)
             else:
                 product, product_low = times_sum(a, a_low, product, product_low, EXACT)
             low = q_low
-            if (edge_ptr is not None) and ((ginitial_ptr is not None) and OUTPUT):
+            if (edge_ptr is not None) and ((ginitial_ptr is not None) and (not SUMMARY)):
                 if ((edges >> (2 * i)) & 1) != 0:
-                    store_row(ginitial_ptr, edge_ptr + t + i, C, c, in_c, rounded_sum(q, low))
+                    store_of_sequence(ginitial_ptr, edge_ptr + t + i, C, channels, rounded_sum(q, low))
         gas = (ga,) + gas
         gxs = (g,) + gxs
-    if OUTPUT:
+    if not SUMMARY:
+        at, inside = out
         tl.store(gx_ptr + at, tile_of_numbers(gxs, gx_ptr, ROWS), mask=inside)
-        if gates is not None:
+        if not FIXED:
             tl.store(ga_ptr + at, tile_of_numbers(gas, ga_ptr, ROWS), mask=inside)
-    return q, low, product, product_low, plus(ga_sum, block_sum)
+    return q, low, product, product_low, plus(ga_sum, row_sum)
+
+
+@triton.jit
+def _rows_before(h_ptr, offset, STEP: tl.constexpr, tile, known, ROWS: tl.constexpr, like):
+    """Read h before each row of a tile, 0 where there is none."""
+    return numbers_of(tl.load(h_ptr + offset - STEP + tile, mask=known, other=0.0), ROWS, like)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
@@ -101,8 +101,9 @@ def _linear_scan_bwd_kernel(
     edge_ptr,  # int32 [T], or None
     gfinal_ptr,  # [N, C], q after every sequence; None: zero
     ga_ptr,  # [B, T, C], or terms of the sum [B * chunks, C]; None: a summary is wanted
-    gx_ptr,  # [B, T, C]
-    ginitial_ptr,  # [N, C], q before every sequence, or None; for summaries [2, B * chunks, C]
+    gx_ptr,  # [B, T, C]; None: a summary is wanted
+    ginitial_ptr,  # [N, C], q before every sequence; or None
+    summary_ptr,  # [2, B * chunks, C], q before each chunk from zero, product of its gates; None: gradients are wanted
     T,
     chunk,
     C: tl.constexpr,
@@ -116,72 +117,60 @@ def _linear_scan_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    OUTPUT: tl.constexpr = ga_ptr is not None
-    chunks = tl.cdiv(T, chunk)
-    row = tl.program_id(0).to(tl.int64)  # of B * chunks
-    b = row // chunks
-    begin = (row % chunks).to(tl.int32) * chunk
-    end = tl.minimum(begin + chunk, T)
-    if not OUTPUT:  # nothing comes before the first chunk
+    SUMMARY: tl.constexpr = summary_ptr is not None
+    chunk_id, batch, begin, end = chunk_span(T, chunk)
+    if SUMMARY:  # nothing comes before the first chunk
         end = tl.where(begin == 0, begin, end)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = (c < C) if C % BLOCK_C else tl.full([BLOCK_C], True, tl.int1)
+    c, in_c = block_channels(C, BLOCK_C)
 
-    zero = tl.zeros([BLOCK_C], ACC)
-    q = (zero, zero) if PARTS == 2 else (zero,)
-    low = q
-    product = filled(1.0, q)
-    product_low = q
-    ga_sum = q
+    part = tl.zeros([BLOCK_C], ACC)
+    zero = (part, part) if PARTS == 2 else (part,)
+    q = zero
     gate = gate_of(load(a_ptr, c, in_c, q), LOG, EXACT) if FIXED else None
     if carry_ptr is not None:
-        q = load(carry_ptr, row * C + c, in_c, q)
-    elif (gfinal_ptr is not None) and ((edge_ptr is None) and OUTPUT):
-        q = load(gfinal_ptr, b * C + c, in_c, q)
+        q = load(carry_ptr, chunk_id * C + c, in_c, q)
+    elif (gfinal_ptr is not None) and ((edge_ptr is None) and (not SUMMARY)):
+        q = load(gfinal_ptr, batch * C + c, in_c, q)
+    state = (q, zero, filled(1.0, q), zero, zero)
 
     rows = tl.arange(0, ROWS)
     tile, in_tile = tile_offsets(rows, tl.program_id(1), BLOCK_C, C, STEP, PARTS)
     whole = (end - begin) // ROWS
     t = begin + whole * ROWS
-    start = (b * T + (t if STEP > 0 else T - 1 - t)) * (C * PARTS)
+    offset = (batch * T + (t if STEP > 0 else T - 1 - t)) * (C * PARTS)
     if t < end:
         run = in_tile & (t + rows < end)[:, None]
-        ghs = numbers_of(tl.load(gh_ptr + start + tile, mask=run, other=0.0), ROWS, q)
-        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=run, other=0.0), ROWS, q)
-        pasts = None
-        if OUTPUT:
-            past = run & (t + rows > 0)[:, None]
-            pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
+        ghs = numbers_of(tl.load(gh_ptr + offset + tile, mask=run, other=0.0), ROWS, q)
+        gates = gate if FIXED else numbers_of(tl.load(a_ptr + offset + tile, mask=run, other=0.0), ROWS, q)
+        known = run & (t + rows > 0)[:, None]
+        befores = () if SUMMARY else _rows_before(h_ptr, offset, STEP * PARTS, tile, known, ROWS, q)
         edges = edges_of(edge_ptr + t, rows, t + rows < end) if edge_ptr is not None else 0
-        q, low, product, product_low, ga_sum = _reverse_rows(
-            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr,
-            ga_ptr, gx_ptr, start + tile, run, ginitial_ptr, q, low, product, product_low, ga_sum,
-            b, t, end, c, in_c, C, LOG, ROWS, EXACT, True,
+        state = _reverse_rows(
+            (gates, ghs, befores), state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr,
+            (offset + tile, run), (batch, t, end, edges), (c, in_c), C, FIXED, LOG, EXACT, True,
         )  # fmt: skip
     for _ in tl.range(0, whole, num_stages=STAGES):
         t -= ROWS
-        start -= ROWS * STEP * PARTS
-        ghs = numbers_of(tl.load(gh_ptr + start + tile, mask=in_tile), ROWS, q)
-        gates = None if FIXED else numbers_of(tl.load(a_ptr + start + tile, mask=in_tile), ROWS, q)
-        pasts = None
-        if OUTPUT:
-            past = in_tile & (t + rows > 0)[:, None]
-            pasts = numbers_of(tl.load(h_ptr + start - STEP * PARTS + tile, mask=past, other=0.0), ROWS, q)
+        offset -= ROWS * STEP * PARTS
+        ghs = numbers_of(tl.load(gh_ptr + offset + tile, mask=in_tile), ROWS, q)
+        gates = gate if FIXED else numbers_of(tl.load(a_ptr + offset + tile, mask=in_tile), ROWS, q)
+        known = in_tile & (t + rows > 0)[:, None]
+        befores = () if SUMMARY else _rows_before(h_ptr, offset, STEP * PARTS, tile, known, ROWS, q)
         edges = edges_of(edge_ptr + t, rows, rows < ROWS) if edge_ptr is not None else 0
-        q, low, product, product_low, ga_sum = _reverse_rows(
-            gates, gate, pasts, ghs, initial_ptr, edge_ptr, edges, gfinal_ptr,
-            ga_ptr, gx_ptr, start + tile, in_tile, ginitial_ptr, q, low, product, product_low, ga_sum,
-            b, t, end, c, in_c, C, LOG, ROWS, EXACT, False,
+        state = _reverse_rows(
+            (gates, ghs, befores), state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr,
+            (offset + tile, in_tile), (batch, t, end, edges), (c, in_c), C, FIXED, LOG, EXACT, False,
         )  # fmt: skip
-    if not OUTPUT:
-        store(ginitial_ptr, row * C + c, rounded_sum(q, low), in_c)
-        store(ginitial_ptr, (tl.num_programs(0) + row) * C + c, rounded_sum(product, product_low), in_c)
+    q = rounded_sum(state[0], state[1])
+    if SUMMARY:
+        store(summary_ptr, chunk_id * C + c, q, in_c)
+        store(summary_ptr, (tl.num_programs(0) + chunk_id) * C + c, rounded_sum(state[2], state[3]), in_c)
     else:
         if FIXED:
-            store(ga_ptr, row * C + c, ga_sum, in_c)
+            store(ga_ptr, chunk_id * C + c, state[4], in_c)
         if (ginitial_ptr is not None) and (edge_ptr is None):
             if begin == 0:
-                store(ginitial_ptr, b * C + c, rounded_sum(q, low), in_c)
+                store(ginitial_ptr, batch * C + c, q, in_c)
 
 
 def linear_scan_bwd(
@@ -211,17 +200,18 @@ def linear_scan_bwd(
     fixed = a.dim() == 1
     grid = (B * chunks, -(-C // launch.block_c))
     numbers = (T, launch.chunk)
-    kind = row_constants(launch, C, h.dtype, a.is_complex(), fixed, log, reverse, edges is not None, state_dtype)
-    a_in, h_in, gh, entry, gend = as_parts(a, h, gh, initial, gfinal)
+    constants = row_constants(launch, C, h.dtype, a.is_complex(), fixed, log, reverse, edges is not None, state_dtype)
+    a_in, h_in, gh, entry, gfinal_in = as_parts(a, h, gh, initial, gfinal)
     outputs = as_parts(ga, gx, None if initial is None else ginitial)
     inputs = (a_in, h_in, gh, entry)
 
     carry = None
     if chunks > 1:
         summary, carry = summaries(B * chunks, C, ginitial)
-        start(_linear_scan_bwd_kernel, grid, (*inputs, None, edges, gend, None, None, summary), numbers, kind)
-        run_carry(gend, summary, edges, carry, B, T, launch, C, kind["PARTS"], backward=True)
-    start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gend, *outputs), numbers, kind)
+        tensors = (*inputs, None, edges, gfinal_in, None, None, None, summary)
+        start(_linear_scan_bwd_kernel, grid, tensors, numbers, constants)
+        run_carry(gfinal_in, summary, edges, carry, B, T, launch, C, constants["PARTS"], backward=True)
+    start(_linear_scan_bwd_kernel, grid, (*inputs, carry, edges, gfinal_in, *outputs, None), numbers, constants)
     if cu_seqlens is not None and edges is not None and initial is not None:
         fill_idle_rows(cu_seqlens, edges, gfinal, ginitial, reverse)
     if fixed:

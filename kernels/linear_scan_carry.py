@@ -27,32 +27,32 @@ def _linear_scan_carry_kernel(
 ):
     ACC: tl.constexpr = carry_ptr.dtype.element_ty
     chunks = tl.cdiv(T, chunk)
-    b = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     zero = tl.zeros([BLOCK_C], ACC)
     h = (zero, zero) if PARTS == 2 else (zero,)
     low = h
     if (entry_ptr is not None) and (edge_ptr is None):
-        h = load(entry_ptr, b * C + c, in_c, h)
+        h = load(entry_ptr, batch * C + c, in_c, h)
     for first in range(0, chunks, GROUP):
         states = ()
         products = ()
         for j in tl.static_range(GROUP):  # all are asked for before the first is waited for
-            row = b * chunks + (chunks - 1 - first - j if BACKWARD else first + j)
+            chunk_id = batch * chunks + (chunks - 1 - first - j if BACKWARD else first + j)
             inside = in_c & (tl.zeros_like(c) + first + j < chunks)
-            states = states + (load(summary_ptr, row * C + c, inside, h),)
-            row += tl.num_programs(0).to(tl.int64) * chunks
-            products = products + (load(summary_ptr, row * C + c, inside, h),)
+            states = states + (load(summary_ptr, chunk_id * C + c, inside, h),)
+            second = chunk_id + tl.num_programs(0).to(tl.int64) * chunks
+            products = products + (load(summary_ptr, second * C + c, inside, h),)
         for j in tl.static_range(GROUP):
             if first + j < chunks:
                 i = chunks - 1 - first - j if BACKWARD else first + j
-                store(carry_ptr, (b * chunks + i) * C + c, rounded_sum(h, low), in_c)
+                store(carry_ptr, (batch * chunks + i) * C + c, rounded_sum(h, low), in_c)
                 if edge_ptr is not None:  # a chunk in which a sequence starts (backward: ends) carries nothing over
-                    head = tl.load(edge_ptr + i * chunk)
-                    tail = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
-                    resets = ((tail & 2) if BACKWARD else (head & 1)) != 0
-                    if resets | ((head >> 2) != (tail >> 2)):
+                    first_edge = tl.load(edge_ptr + i * chunk)
+                    last_edge = tl.load(edge_ptr + tl.minimum((i + 1) * chunk, T) - 1)
+                    resets = ((last_edge & 2) if BACKWARD else (first_edge & 1)) != 0
+                    if resets | ((first_edge >> 2) != (last_edge >> 2)):
                         low = filled(0.0, h)
                         h = filled(0.0, h)
                 h, low = times_state(products[j], h, low)
@@ -73,10 +73,10 @@ def run_carry(
 ) -> None:
     """Scan the summaries of the chunks."""
     grid = (B, -(-C // launch.block_c))
-    kind = _constants(launch, C, parts, backward)
-    start(_linear_scan_carry_kernel, grid, (entry, summary, edges, carry), (T, launch.chunk), kind)
+    tensors, numbers = (entry, summary, edges, carry), (T, launch.chunk)
+    start(_linear_scan_carry_kernel, grid, tensors, numbers, _constants(launch, C, parts, backward))
 
 
 @lru_cache
 def _constants(launch: Launch, C: int, parts: int, backward: bool) -> Constants:
-    return constants(PARTS=parts, BACKWARD=backward, GROUP=CARRY_GROUP, **launch.options(C))
+    return constants(PARTS=parts, BACKWARD=backward, GROUP=CARRY_GROUP, **launch.constants(C))

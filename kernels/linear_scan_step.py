@@ -1,4 +1,4 @@
-"""One token of the linear recurrence on a GPU, for text that is generated: h_t = a_t h_{t-1} + x_t."""
+"""One token of the linear recurrence on a GPU, for sequences that are generated: h_t = a_t h_{t-1} + x_t."""
 
 from functools import lru_cache
 
@@ -47,8 +47,9 @@ def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, log: bool) -> Tensor:
     """Run one token: the state after it, ``[B, C]``."""
     h = torch.empty_like(state)
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in (a, x, state, h)]
-    size, kind = state.numel(), _constants(state.shape[1], state.is_complex(), a.dim() == 1, log)
-    start(_linear_scan_step_kernel, (-(-size // BLOCK),), parts, (size,), kind)
+    size = state.numel()
+    constants = _constants(state.shape[1], state.is_complex(), a.dim() == 1, log)
+    start(_linear_scan_step_kernel, (-(-size // BLOCK),), parts, (size,), constants)
     return h
 
 

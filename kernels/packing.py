@@ -1,11 +1,11 @@
-"""Packed sequences on a GPU: which sequence every token belongs to, and what is left of those without any token.
+"""Packed sequences on a GPU: the sequence that every token belongs to, and the states of sequences without any token.
 
-The grid of the kernels knows nothing of the sequences, and the host never reads their offsets. What a token has to know
-is one small integer, found by binary searches in the offsets, by one kernel for all channels and both passes.
+The grid of the kernels knows nothing of the sequences, and the host never reads their offsets. A token has to know one
+small integer. One kernel finds it by binary searches in the offsets, for all channels and both passes.
 
 Nobody has checked the offsets. A token belongs to a sequence only if all tokens of the sequence are there and lead to
-it; any other belongs to none, and what the kernels make of it is NaN. Offsets that do not decrease from 0 to T leave no
-token alone.
+it. Any other token belongs to none, and the kernels make NaN of it. Offsets that run from 0 to T without decreasing
+give every token a sequence.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from fastwkv.kernels.held import Constants, constants, start
 
 BLOCK = 512  # tokens a program of four warps
 ROW_BLOCK = 512  # channels of a row
-NOWHERE = tl.constexpr(-1)  # of a token that belongs to no sequence, and is the first and the last of its own
+NOWHERE = tl.constexpr(-1)  # edge of a token that belongs to no sequence: it has both flags
 
 
 @triton.jit
@@ -74,26 +74,26 @@ def packed_edges(cu_seqlens: Tensor, T: int, reverse: bool = False) -> Tensor:
     """
     cu_seqlens = cu_seqlens.contiguous()
     edges = torch.empty(T, dtype=torch.int32, device=cu_seqlens.device)
-    numbers, kind = (cu_seqlens.shape[0] - 1, T), constants(REVERSE=reverse, BLOCK=BLOCK)
-    start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, kind)
+    numbers = (cu_seqlens.shape[0] - 1, T)
+    start(_packed_edges_kernel, (-(-T // BLOCK),), (cu_seqlens, edges), numbers, _edge_constants(reverse))
     return edges
 
 
 @triton.jit
 def is_start(edge):
-    """Whether a token starts a sequence."""
+    """Return whether a token starts a sequence."""
     return (edge & 1) != 0
 
 
 @triton.jit
 def is_end(edge):
-    """Whether a token ends a sequence."""
+    """Return whether a token ends a sequence."""
     return (edge & 2) != 0
 
 
 @triton.jit
-def has_row(edge, in_c):
-    """Return in which of these channels a token's sequence has a row: all, or none if it belongs to no sequence."""
+def in_sequence(edge, in_c):
+    """Return in which of these channels a token belongs to a sequence: in all of them or in none."""
     return tl.where(in_c, edge, NOWHERE) >= 0
 
 
@@ -134,17 +134,22 @@ def fill_idle_rows(
 ) -> None:
     """Write the rows ``[..., N, C]``, real or complex, of those sequences that no token writes.
 
-    One that is empty has what it came with, its row of ``source``, or nothing: zeros, but for the exponent of a WKV
-    ``state``. One whose tokens are not all there has NaN.
+    An empty sequence ends as it began, with its row of ``source``. Without a source it has zeros, and -inf for the
+    exponent of a WKV ``state``. A sequence whose tokens are not all there has NaN.
     """
     if rows.is_complex():
         rows, source = (None if t is None else torch.view_as_real(t).flatten(1) for t in (rows, source))
     N, C = rows.shape[-2:]
-    kind = _constants(C, rows.numel() // (N * C), state, reverse)
-    grid = (N, -(-C // ROW_BLOCK))
-    start(_idle_rows_kernel, grid, (cu_seqlens.contiguous(), edges, source, rows), (N, edges.shape[0]), kind)
+    grid, numbers = (N, -(-C // ROW_BLOCK)), (N, edges.shape[0])
+    constants = _row_constants(C, rows.numel() // (N * C), state, reverse)
+    start(_idle_rows_kernel, grid, (cu_seqlens.contiguous(), edges, source, rows), numbers, constants)
 
 
 @lru_cache
-def _constants(C: int, fields: int, state: bool, reverse: bool) -> Constants:
+def _edge_constants(reverse: bool) -> Constants:
+    return constants(REVERSE=reverse, BLOCK=BLOCK)
+
+
+@lru_cache
+def _row_constants(C: int, fields: int, state: bool, reverse: bool) -> Constants:
     return constants(C=C, FIELDS=fields, STATE=state, REVERSE=reverse, BLOCK=ROW_BLOCK)

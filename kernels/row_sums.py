@@ -1,4 +1,4 @@
-"""Sums over chunks and sequences on a GPU: gradients of what is the same at every token. One launch for all of them."""
+"""Sums over chunks and sequences on a GPU: gradients of what is the same at every token. One launch makes them all."""
 
 from functools import lru_cache
 
@@ -30,8 +30,8 @@ def _row_sums_kernel(
     row = tl.arange(0, ROWS)
     terms_ptr += which.to(tl.int64) * rows * C
     total = tl.zeros([BLOCK_C], terms_ptr.dtype.element_ty)
-    low = total  # what roundings cut off: there may be a million rows
-    for begin in range(0, rows, ROWS):  # always in this order: two runs give the same bits
+    low = total  # low has what roundings cut off, for there may be a million rows
+    for begin in range(0, rows, ROWS):  # the order is always this one, so that two runs give the same bits
         there = (row < rows - begin)[:, None] & in_c[None, :]
         block = tl.sum(tl.load(terms_ptr + row[:, None] * C + c[None, :], mask=there, other=0.0), 0)
         total, error = two_sum(total, block)

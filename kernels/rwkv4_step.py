@@ -5,8 +5,8 @@
     max(k, 0)²                                                             relu_squared_
     x + s σ(r) ⊙ y                                                         add_gated_
 
-A token of one text reads every weight once and does next to nothing with it: beside that reading, time is the number of
-kernels. Every sum is of float32 (float64 in a float64 model), every result rounded once.
+A token of one sequence reads every weight once and does next to nothing with it. Beside that reading, the number of
+kernels decides. Sums are float32 (float64 in a float64 model), and every result is rounded once.
 """
 
 from functools import lru_cache
@@ -21,7 +21,7 @@ from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_step import BLOCK, run_step, wait_for_reads
 
-ELEMENTS_PER_WARP = 256  # of LayerNorm: 8 a lane, in seven rows, which one multiprocessor reads for each text
+ELEMENTS_PER_WARP = 256  # of LayerNorm: 8 a lane, in seven rows, which one multiprocessor reads for each sequence
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _norm_mix_kernel(
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     x = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
     y = x / tl.sqrt(tl.sum(x * x, 0) / C + EPS) * weight + bias
-    y = y.to(before_ptr.dtype.element_ty).to(ACC)  # as the next token will find it
+    y = y.to(before_ptr.dtype.element_ty).to(ACC)  # the next token finds y rounded, so this one uses it rounded
     wait_for_reads()
     tl.store(before_ptr + i, y, mask=inside)
     tl.store(mixed_ptr + i, _mixed(y, before, mix0_ptr, c, inside), mask=inside)
@@ -69,7 +69,7 @@ def _norm_mix_kernel(
 def _relu_squared_kernel(x_ptr, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < size, other=0.0).to(ACC)
-    x = tl.where(x < 0, 0.0, x)  # NaN stays
+    x = tl.where(x < 0, 0.0, x)  # a NaN stays NaN
     wait_for_reads()
     tl.store(x_ptr + i, x * x, mask=i < size)
 
@@ -90,7 +90,7 @@ def norm_warps(block: int) -> int:
 
 
 def norm_mix_(x: Tensor, weight: Tensor, bias: Tensor, eps: float, before: Tensor, mixes: list[Tensor]) -> Tensor:
-    """Return two or three mixtures of LN(x) ``[B, C]`` and what was before it, one below the other; keep LN(x)."""
+    """Return two or three mixtures of LN(x) ``[B, C]`` and ``before``, and keep LN(x) in ``before``."""
     B, C = x.shape
     mixed = x.new_empty(len(mixes), B, C)
     first, second, *third = (mix.contiguous() for mix in mixes)

@@ -1,12 +1,12 @@
 """The states that sequences of WKV start from on a GPU, made such that no token is lost beside them.
 
-A state is num e^p and den e^p. Whoever hands one in chooses p, and the kernels of wkv.py weigh the first tokens against
-it with exponentials that are 0 beyond e^-87. Two kinds of states would be taken for more than they are:
+A state is num e^p and den e^p. Its owner chooses p, and the kernels weigh the first tokens against it with exponentials
+that are 0 beyond e^-87. Two kinds of states would be taken for more than they are:
 
-- An empty one, num = den = 0, whatever its p: a learnable state that begins as zeros, or somebody's -1e30. It weighs
-  nothing, yet num and den have gradients, which are the larger the larger e^p is. Its exponent is lowered to that of
-  the first token that is present. What it is lowered by, its lift, is made up for in the gradients.
-- One with a very small den. It gets 2^64 times as much of num and den (float64: 2^512), and an exponent to match.
+- An empty state, num = den = 0, with any p: a learnable state that begins as zeros, say. It weighs nothing, yet num and
+  den have gradients, in proportion to e^p. Its exponent is lowered to that of the first token that is present, and the
+  gradients make up for its lift, the amount that it is lowered by.
+- A state with a very small den. It gets 2^64 times as much of num and den (float64: 2^512), and an exponent to match.
 """
 
 from functools import lru_cache
@@ -15,17 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastwkv.kernels import notation
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_state import load_rate, raised
 
 BLOCK = 128  # channels a program of four warps
-NEAR = tl.constexpr(30.0)  # an empty state this much heavier than a token costs the token nothing
+NEAR = tl.constexpr(notation.NEAR)
 
 
 @triton.jit
 def _is_waiting(empty, key):
-    """Whether any channel still looks for its first token."""
+    """Return whether any channel still looks for its first token."""
     return tl.max((empty & (key == -float("inf"))).to(tl.int32), 0) > 0
 
 

@@ -1,13 +1,14 @@
-"""One token of WKV on a GPU, for text that is generated.
+"""One token of WKV on a GPU, for sequences that are generated.
 
-The formulas are those of wkv.py, but the state that comes back must hold p - w in one float32, token after token.
-Rounded at |p| = 60 that loses 2e-6 a step, 1e-3 in 8192 tokens of a small w, and folding the residue into num and den
-rounds there, always the same way. So the state is kept at a scale near e^0, where float32 resolves p to 1e-10: any
-scale will do, since only num e^p and den e^p mean anything. A token heavier than the past is added to it as
-E = e^{k - p}, up to e^64, and num and den change only by what the tokens bring.
+The formulas are those of wkv.py, but the state that comes back must hold p - w in one float32, token after token. At
+|p| = 60 the rounding of p loses 2e-6 a step, which adds up to 1e-3 in 8192 tokens of a small w. To fold what it cuts
+off into num and den is no cure: they are rounded in turn, always in the same direction, which adds up to 1e-5. So the
+state is kept at a scale near e^0, where float32 resolves p to 1e-10: any scale will do, since only num e^p and den e^p
+mean anything. A token heavier than the past is added to it with a weight e^{k - p} up to e^64, and num and den change
+only by what the tokens bring.
 
-Moved at every token, a state would be off by the rounding of the same factor every time: what e^p as a float32 is off
-by stays in p, which has the digits for it.
+A state is moved to that scale by a factor e^p, which is rounded, and the same error at every token would add up. So the
+difference between e^p and the factor stays in p, which has the digits for it.
 """
 
 from functools import lru_cache
@@ -17,22 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastwkv.kernels.arithmetic import LOG2_E, exp_sum, negated, two_sum
+from fastwkv.kernels import notation
+from fastwkv.kernels.arithmetic import EXP_LEAST, LOG2_E, exp_sum, negated, reduced, two_sum
 from fastwkv.kernels.config import FP_FUSION
 from fastwkv.kernels.held import Constants, constants, start
 from fastwkv.kernels.wkv_state import NO_PAST, at_least_tiny, load_rate, raised, weightless
 
 BLOCK = 128  # channels a program of four warps: a step is so short that only its latency counts
-REACH = tl.constexpr(64.0)  # scales are moved, and heavier tokens added to the past, up to e^64 = 6e27
-FINE = tl.constexpr(2.0**-7)  # a smaller max stays: half a unit in its last place, 8192 times, is 2e-6
-MODERATE = tl.constexpr(1e6)  # larger values would overflow where tokens are added with weights up to e^64
-LARGEST = tl.constexpr(1e30)  # bounds of what is moved, far enough from overflow for the next tokens
-SMALLEST = tl.constexpr(1e-30)
+REACH = tl.constexpr(notation.REACH)
+FINE = tl.constexpr(notation.FINE)
+MODERATE = tl.constexpr(notation.MODERATE)
+LARGEST = tl.constexpr(notation.LARGEST)
+SMALLEST = tl.constexpr(notation.SMALLEST)
 
 
 @triton.jit
 def wait_for_reads():
-    """Let no lane of the program write before all have read; belongs before a store over what was loaded.
+    """Let no lane of the program write before all have read. It belongs before a store over what was loaded.
 
     Where a program has more lanes than elements, or a load is laid out over the lanes in another way than a store, an
     element is read by other lanes than the one that writes it, and nothing else makes that one wait. The layouts follow
@@ -47,14 +49,17 @@ def _exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        n = tl.floor(x * LOG2_E + 0.5)
-        r = tl.fma(n, -1.4286068203094173e-06, tl.fma(n, -0.693145751953125, x))  # ln 2, its first digits apart
-        return tl.where(x < -87, 0.0, tl.exp2(n) * tl.exp2(r * LOG2_E))
+        n, r = reduced(x)
+        return tl.where(x < EXP_LEAST, 0.0, tl.exp2(n) * tl.exp2(r * LOG2_E))
 
 
 @triton.jit
-def _add(num, den, d, d_low, v):
-    """Add a token to the past, d + d_low heavier than it. Returns the sums and whether the past keeps its scale."""
+def _absorb(num, den, d, d_low, v):
+    """Return the sums after a token, and whether the past keeps its scale.
+
+    The exponent of the past is larger than that of the token by d + d_low. A token heavier than the past has a weight
+    up to e^64 where the past keeps its scale.
+    """
     near = (d >= 0) | ((d >= -REACH) & (tl.abs(v) < MODERATE))
     d = tl.where(near, negated(d), d)
     e = _exp(d)
@@ -76,7 +81,7 @@ def _wkv_step_kernel(
     max_ptr,  # [B, C]
     r_ptr,  # [B, C], or None: y is multiplied by σ(r)
     y_ptr,  # [B, C]
-    num_out_ptr,  # [B, C], where num is, maybe, and so are the other two
+    num_out_ptr,  # [B, C], may be where num is, and so may be the other two
     den_out_ptr,  # [B, C]
     max_out_ptr,  # [B, C]
     size,  # B * C
@@ -95,18 +100,18 @@ def _wkv_step_kernel(
     den = tl.load(den_ptr + i, mask=inside, other=0.0)
     p = tl.load(max_ptr + i, mask=inside, other=0.0)
     num, den, p = raised(*weightless(num, den, p))
-    p = tl.where((num == 0) & (den == 0), NO_PAST, p)  # an empty state weighs nothing, whatever its exponent
+    p = tl.where((num == 0) & (den == 0), NO_PAST, p)  # an empty state has no weight, whatever its exponent
 
     gap, gap_low = two_sum(p, negated(k))
     d, d_low = two_sum(gap, negated(u))
-    y_num, y_den, _ = _add(num, den, d, gap_low + d_low, v)
+    y_num, y_den, _ = _absorb(num, den, d, gap_low + d_low, v)
     y = y_num / at_least_tiny(y_den, False)
     if r_ptr is not None:
         y /= 1 + tl.exp(negated(tl.load(r_ptr + i, mask=inside, other=0.0).to(ACC)))
     tl.store(y_ptr + i, y, mask=inside)
 
     d, d_low = two_sum(gap, negated(w))
-    num, den, near = _add(num, den, d, gap_low + d_low, v)
+    num, den, near = _absorb(num, den, d, gap_low + d_low, v)
     aged, error = two_sum(p, negated(w))
     p = tl.where(near, aged, k)
     error = tl.where(near & (tl.abs(error) < 1), error, 0.0)

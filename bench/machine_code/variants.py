@@ -69,11 +69,13 @@ OPTIONAL = {
     "checkpoint_ptr",
     "gfinal_ptr",
     "ginitial_ptr",
+    "summary_ptr",
     "entry_ptr",
     "cu_seqlens_ptr",
     "source_ptr",
 }
 STATES = {"initial_ptr", "gfinal_ptr", "ginitial_ptr", "entry_ptr"}
+CARRIED = {"summary_ptr", "carry_ptr", "edge_ptr", *STATES}  # of the kernels between chunks
 BLOCKS = {  # of kernels that do not walk along time, of four warps
     wkv_step._wkv_step_kernel: wkv_step.BLOCK,
     linear_scan_step._linear_scan_step_kernel: linear_scan_step.BLOCK,
@@ -129,7 +131,7 @@ def scan_variants(name: str, kernel: Any, rows: int, states: set[str], outputs: 
         variant(f"scan {name}, fixed a", kernel, rows, set(), STEP=768, FIXED=True, LOG=False),
         variant(f"scan {name}, log a", kernel, rows, set(), STEP=-768, FIXED=False, LOG=True),
         variant(f"scan {name}, packed", kernel, rows, {"edge_ptr", "carry_ptr", *states}, C=771, STEP=-771, **gate),
-        variant(f"scan {name}, summary", kernel, rows, {"ginitial_ptr"}, outputs, STEP=768, **gate),
+        variant(f"scan {name}, summary", kernel, rows, {"summary_ptr"}, outputs, STEP=768, **gate),
     ]
 
 
@@ -139,20 +141,26 @@ VARIANTS = [
     variant("wkv forward", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}),
     variant("wkv forward, odd C", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr"}, C=771),
     variant("wkv forward, packed", wkv._wkv_fwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=771),
-    variant("wkv forward, summary", wkv._wkv_fwd_kernel, TILE, set(), {"y_ptr"}),
-    variant("wkv forward, carry", wkv_carry._wkv_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
+    variant("wkv forward, summary", wkv._wkv_fwd_kernel, TILE, {"summary_ptr"}, {"y_ptr", "final_ptr"}),
+    variant("wkv forward, carry", wkv_carry._wkv_carry_kernel, CARRY_GROUP, CARRIED),
     variant("wkv backward", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}),
     variant("wkv backward, odd C", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, C=771),
     variant("wkv backward, packed", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr", "edge_ptr", *STATES}, C=771),
-    variant("wkv backward, summary", wkv_bwd._wkv_bwd_kernel, TILE, {"checkpoint_ptr"}, {"gk_ptr", "gv_ptr"}),
-    variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}),
+    variant(
+        "wkv backward, summary",
+        wkv_bwd._wkv_bwd_kernel,
+        TILE,
+        {"checkpoint_ptr", "summary_ptr"},
+        {"gk_ptr", "gv_ptr", "gwu_ptr"},
+    ),
+    variant("wkv backward, carry", wkv_carry._wkv_bwd_carry_kernel, CARRY_GROUP, CARRIED),
     variant("wkv entry", wkv_entry._wkv_entry_kernel, 1, {"cu_seqlens_ptr", *STATES}),
     variant("wkv step", wkv_step._wkv_step_kernel, 1, set()),
     variant("wkv step, gated", wkv_step._wkv_step_kernel, 1, {"r_ptr"}),
     variant("rwkv4 step, norm and mix", rwkv4_step._norm_mix_kernel, 1, set(), EPS=1e-5),
     variant("rwkv4 step, squared relu", rwkv4_step._relu_squared_kernel, 1, set()),
     variant("rwkv4 step, gate and add", rwkv4_step._add_gated_kernel, 1, {"r_ptr"}),
-    *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr"}),
+    *scan_variants("forward", linear_scan._linear_scan_fwd_kernel, SCAN_ROWS, {"initial_ptr"}, {"h_ptr", "final_ptr"}),
     *scan_variants(
         "backward",
         linear_scan_bwd._linear_scan_bwd_kernel,
@@ -160,7 +168,7 @@ VARIANTS = [
         STATES,
         {"ga_ptr", "gx_ptr", "h_ptr"},
     ),
-    variant("scan carry", _linear_scan_carry_kernel, CARRY_GROUP, {"carry_ptr", "edge_ptr", *STATES}, BACKWARD=True),
+    variant("scan carry", _linear_scan_carry_kernel, CARRY_GROUP, CARRIED, BACKWARD=True),
     variant("packed edges", packing._packed_edges_kernel, 1, {"cu_seqlens_ptr", "edge_ptr"}, REVERSE=False),
     variant(
         "idle rows",
@@ -182,9 +190,9 @@ GATE = {"STEP": 768, "FIXED": True, "LOG": False}
 MODELLED = [
     *VARIANTS,
     variant("wkv forward, nothing kept", wkv._wkv_fwd_kernel, TILE, set()),
-    variant("scan forward, summary, fixed a", FORWARD, SCAN_ROWS, set(), {"h_ptr"}, **GATE),
+    variant("scan forward, summary, fixed a", FORWARD, SCAN_ROWS, {"summary_ptr"}, {"h_ptr", "final_ptr"}, **GATE),
     variant(
-        "scan backward, summary, fixed a", BACKWARD, SCAN_ROWS, {"ginitial_ptr"}, {"ga_ptr", "gx_ptr", "h_ptr"}, **GATE
+        "scan backward, summary, fixed a", BACKWARD, SCAN_ROWS, {"summary_ptr"}, {"ga_ptr", "gx_ptr", "h_ptr"}, **GATE
     ),
 ]
 

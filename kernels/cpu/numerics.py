@@ -1,4 +1,4 @@
-"""Between memory and vectors, and the exponential of a vector.
+"""Vectors from and to memory, and the exponential of a vector.
 
 Sums are float32 or float64; memory is float32, float64, bfloat16 or float16 and is converted on the way. ``load`` and
 ``store`` take the address of a tensor and a tag, an empty array whose dtype says what lies there. numba has no 16-bit
@@ -19,6 +19,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastwkv.kernels import notation
 from fastwkv.kernels.cpu.cache import KernelCache
 from fastwkv.kernels.cpu.vectors import Vector, broadcast, emit_fma
 
@@ -36,7 +37,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that runs without the interpreter lock, and keep the result on disk."""
     compiled = njit(nogil=True, error_model="numpy", boundscheck=False)(function)
     with suppress(RuntimeError):  # there is no folder to write to
-        # numba compiles anew when the file of the function changes. What is inlined into it stands in other files.
+        # numba compiles anew when the file of the function changes, but other files have what is inlined into it.
         compiled._cache = KernelCache(function, _sources())
     return compiled
 
@@ -44,7 +45,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 @cache
 def _sources() -> str:
     here = Path(__file__).parent
-    files = (here.parent / "config.py", *sorted(here.glob("*.py")))
+    files = (here.parent / "config.py", here.parent / "notation.py", *sorted(here.glob("*.py")))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
@@ -140,20 +141,13 @@ def prefetch(typing: Any, address: Any, index: Any, storage: Any) -> Any:
     return types.none(types.int64, types.int64, storage), generate
 
 
-# Of exp, for each dtype: the bias and the width of the mantissa, the largest x whose exponential is returned as 0
-# (below it, 2^n would be subnormal), ln 2 in two parts whose first times n is exact, and the polynomial in r after 1
-# with the least relative error on |r| <= ln(2) / 2 (2.6e-9 and 1.8e-17).
+# Of exp, for each dtype: the bias and the width of the mantissa, the smallest x whose exponential is not returned as 0,
+# ln 2 in two parts, and the polynomial. notation.py says how they serve.
 _EXP_CONSTANTS = {
-    types.float32: (127, 23, -87.0, 0.693145751953125, 1.4286068203094173e-06),
-    types.float64: (1023, 52, -708.0, 0.6931471805592082, 7.371002565167799e-13),
+    types.float32: (127, 23, notation.EXP_LEAST_FLOAT32, notation.LN2_HIGH_FLOAT32, notation.LN2_LOW_FLOAT32),
+    types.float64: (1023, 52, notation.EXP_LEAST_FLOAT64, notation.LN2_HIGH_FLOAT64, notation.LN2_LOW_FLOAT64),
 }
-_EXP_POLYNOMIALS = {
-    types.float32: "1.000000049796864 0.5000000435746266 0.16666364808738957 0.041664773315148215 0.008379059035691179"
-    " 0.0014061422676135337",
-    types.float64: "1.0000000000000007 0.5000000000000006 0.16666666666657265 0.04166666666657327 0.008333333337728652"
-    " 0.0013888888932471243 0.0001984126147461493 2.480150434536771e-05 2.756426190540047e-06 2.762636556852593e-07"
-    " 2.2981328866020198e-08",
-}
+_EXP_POLYNOMIALS = {types.float32: notation.EXP_FLOAT32, types.float64: notation.EXP_FLOAT64}
 
 
 def _number(x: Vector, value: float) -> ir.Constant:
@@ -161,31 +155,31 @@ def _number(x: Vector, value: float) -> ir.Constant:
 
 
 def _emit_exp(builder: ir.IRBuilder, value: ir.Value, x: Vector) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """Return p, r, 2^n such that e^x = (1 + p r) 2^n, and where that is not so because it should be 0.
+    """Return p, r, 2^n such that e^x = (1 + p r) 2^n, and a mask of lanes where e^x is to be 0 all the same.
 
     n is x / ln 2 rounded: adding 1.5 * 2^23 leaves n in the lowest bits of the sum, and moving those bits up (the bias
     is in the sum already) makes 2^n.
     """
-    bias, mantissa, smallest, ln2, ln2_rest = _EXP_CONSTANTS[x.element]
-    polynomial = list(map(float, _EXP_POLYNOMIALS[x.element].split()))
+    bias, mantissa, least, ln2_high, ln2_low = _EXP_CONSTANTS[x.element]
+    polynomial = _EXP_POLYNOMIALS[x.element]
     integers = ir.VectorType(ir.IntType(x.element.bitwidth), x.lanes)
     rounder = _number(x, 1.5 * 2.0**mantissa + bias)
-    shifted = emit_fma(builder, value, _number(x, 1.4426950408889634), rounder)
+    shifted = emit_fma(builder, value, _number(x, notation.LOG2_E), rounder)
     n = builder.fsub(shifted, rounder)
-    r = emit_fma(builder, n, _number(x, -ln2), value)
-    r = emit_fma(builder, n, _number(x, -ln2_rest), r)
+    r = emit_fma(builder, n, _number(x, -ln2_high), value)
+    r = emit_fma(builder, n, _number(x, -ln2_low), r)
     p = _number(x, polynomial[-1])
     for coefficient in polynomial[-2::-1]:
         p = emit_fma(builder, p, r, _number(x, coefficient))
     bits = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * x.lanes))
-    return p, r, builder.bitcast(bits, x.llvm()), builder.fcmp_ordered("<", value, _number(x, smallest))
+    return p, r, builder.bitcast(bits, x.llvm()), builder.fcmp_ordered("<", value, _number(x, least))
 
 
 @intrinsic
 def exp(typing: Any, x: Any) -> Any:
     """Return e^x to about one unit in the last place, for x up to 80 (float64: 700); exactly 0 below -87 (-708).
 
-    NaN stays NaN.
+    A NaN stays NaN.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
@@ -197,10 +191,10 @@ def exp(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
-def exp_pair(typing: Any, x: Any) -> Any:
-    """Return two numbers whose sum is e^x, for the x of ``exp``: the rounded one, and what its rounding left.
+def exp_sum(typing: Any, x: Any) -> Any:
+    """Return e^x as a sum of two numbers, for the x of ``exp``: the rounded one, and what its rounding cut off.
 
-    Where x is small e^x - 1 is known far better than e^x can be written as one number.
+    Close to 1, e^x - 1 is known far better than e^x can be written as one number.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Packed sequences in plain PyTorch: what the derivatives of derivatives ask for. The CPU kernels take the offsets."""
+"""Edges of packed sequences in plain PyTorch, for derivatives of derivatives. The CPU kernels take the offsets."""
 
 import torch
 from torch import Tensor

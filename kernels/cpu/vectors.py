@@ -161,7 +161,7 @@ def select(typing: Any, mask: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def any_true(typing: Any, mask: Any) -> Any:
-    """Whether the mask is true in any lane."""
+    """Return whether the mask is true in any lane."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
         bits = builder.bitcast(args[0], ir.IntType(mask.lanes))

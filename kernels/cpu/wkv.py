@@ -1,46 +1,42 @@
 """WKV on the CPU, one SIMD vector of channels at a time. Here the forward pass; wkv_bwd.py has the adjoint.
 
-The past is num, den and a running exponent p: Σ e^{k_i - age_i w} v_i = num e^p, and the same without v_i den e^p.
-One exponential serves a sum of two terms, since the larger one is given the weight 1:
+kernels/wkv.py holds the mathematics, kernels/notation.py explains the words. A CPU computes a step in this form:
 
-    d = p_{t-1} - k_t     E = e^{-|d - u|}    d >= u (the past is heavier):  y_t = (num + E v_t) / (den + E)
-                                              else                           y_t = (E num + v_t) / (E den + 1)
-                          E = e^{-|d - w|}    d >= w:  num += E v_t,  den += E,  p_t = p_{t-1} - w
-                                              else     num = E num + v_t,  den = E den + 1,  p_t = k_t
+    e = e^{-|gap - u|}    gap >= u (the past is heavier):  y_t = (num + e v_t) / (den + e)
+                          else                             y_t = (e num + v_t) / (e den + 1)
+    e = e^{-|gap - w|}    gap >= w:  num += e v_t,  den += e,  p_t = p_{t-1} - w
+                          else       num = e num + v_t,  den = e den + 1,  p_t = k_t
 
-Decay over n steps is n w, computed once: p = anchor - age w, where the anchor is the last key that was heavier than
-the past. Subtracting w again and again would drift, by 1e-4 in some thousand steps. In d the anchor and the key meet
-first: both may be near 60 and their difference small. Where p must become one number (a final state, a checkpoint),
-the residue of its rounding goes into num and den.
+One exponential serves a sum of two terms, and it is the terms that are chosen by which is heavier, not their weights:
+each sum is one fused multiply-add. The empty state has den = 0 in registers too, since a division by 0 is easily
+avoided here.
 
-The empty state has num = den = 0, and the lowest finite float32 as its anchor, so that infinities are never subtracted
-from each other. k = -inf has the weight E = 0, and the rest follows.
-
-For the backward pass the state at every few tokens is kept. Work is split over sequences and channels, never over
-time: results do not depend on the number of threads.
+Work is split over sequences and channels, never over time: there are no chunks, and results do not depend on the number
+of threads.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run, sequence_bounds
-from fastwkv.kernels.cpu.numerics import TAGS, exp, kernel, load, prefetch, store
-from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, fma, select
+from fastwkv.kernels.cpu.numerics import TAGS, kernel, load, prefetch, store
+from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, fma, select
 from fastwkv.kernels.cpu.wkv_bwd import wkv_bwd
 from fastwkv.kernels.cpu.wkv_entry import entry_states
 from fastwkv.kernels.cpu.wkv_state import (
-    add,
+    absorb,
+    checkpoint_rows,
     empty_state,
-    load_packed,
-    load_w,
+    fold_age,
+    load_rate,
+    load_state,
     locate,
     ratio,
-    rounded,
-    store_packed,
-    tokens_kept,
+    store_state,
+    weigh,
 )
 from fastwkv.kernels.cpu.wkv_step import wkv_step
+from fastwkv.kernels.cpu.work import addresses, fits, fitted, run, sequence_bounds
 from fastwkv.kernels.launch import accumulation_dtype, checkpoint_shape
 
 __all__ = ["wkv_bwd", "wkv_fwd", "wkv_step"]
@@ -55,58 +51,56 @@ def _wkv_fwd_kernel(
     y_ptr,  # [B, T, C]
     initial_ptr,  # [3, N, C] or 0
     final_ptr,  # [3, N, C]
-    checkpoint_ptr,  # [B, 3 ceil(T / kept), C] or 0
+    checkpoint_ptr,  # [B, 3 ceil(T / rows), C] or 0
     bounds,  # where the sequences of one batch row begin and end
     shape,  # T, C, N
-    work,  # channels in a block, first and last unit of work
+    work,  # channels in a block, first unit of work, the one after the last
     storage,  # tag of k, v, y
     sums,  # tag of the rest
 ):
     T, C, N = shape
-    width, first, last = work
-    lanes, kept = VECTOR_BYTES // sums.itemsize, tokens_kept(sums.itemsize)
-    grid = -(-T // kept)
+    width, first, stop = work
+    lanes, rows = VECTOR_BYTES // sums.itemsize, checkpoint_rows(sums.itemsize)
+    blocks = -(-T // rows)
     carried = np.empty(4 * width + lanes, sums.dtype)
     state = carried.ctypes.data
     state += -state % VECTOR_BYTES
-    for unit in range(first, last):
-        n, batch, start, stop, c_first, c_last = locate(unit, width, C, bounds)
-        for row in range(start - start % kept, max(stop, start + 1), kept):  # once for an empty sequence too
-            for x in range(c_first, c_last, lanes):
+    for unit in range(first, stop):
+        n, batch, begin, end, c_begin, c_end = locate(unit, width, C, bounds)
+        for tile in range(begin - begin % rows, max(end, begin + 1), rows):  # once for an empty sequence too
+            for i in range(c_begin, c_end, lanes):
                 # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
-                c, at = min(x, C - lanes), 4 * (x - c_first)
-                w, u = load_w(w_ptr, c, sums), load(u_ptr, c, sums)
+                c, at = min(i, C - lanes), 4 * (i - c_begin)
+                w, u = load_rate(w_ptr, c, sums), load(u_ptr, c, sums)
                 minus_w = 0.0 - w
                 num, den, anchor = empty_state(sums)
                 age = num
-                if row > start:
-                    num, den, anchor = load_packed(state, at, lanes, sums)
+                if tile > begin:
+                    num, den, anchor = load_state(state, at, lanes, sums)
                     age = load(state, at + 3 * lanes, sums)
                 elif initial_ptr != 0:
-                    num, den, anchor = load_packed(initial_ptr, n * C + c, N * C, sums)
-                if checkpoint_ptr != 0 and start <= row < stop:
-                    index = (batch * grid + row // kept) * 3 * C + c
-                    a, b, scale = rounded(num, den, anchor, age, minus_w)
-                    store_packed(checkpoint_ptr, index, C, a, b, scale, sums)
-                for t in range(max(row, start), min(row + kept, stop)):
+                    num, den, anchor = load_state(initial_ptr, n * C + c, N * C, sums)
+                if checkpoint_ptr != 0 and begin <= tile < end:
+                    index = (batch * blocks + tile // rows) * 3 * C + c
+                    store_state(checkpoint_ptr, index, C, *fold_age(num, den, anchor, age, minus_w), sums)
+                for t in range(max(tile, begin), min(tile + rows, end)):
                     index = (batch * T + t) * C + c
                     k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-                    prefetch(k_ptr, index + kept * C, storage)
-                    prefetch(v_ptr, index + kept * C, storage)
+                    prefetch(k_ptr, index + rows * C, storage)
+                    prefetch(v_ptr, index + rows * C, storage)
                     gap = fma(age, minus_w, anchor - k)
-                    d = gap - u
-                    a, b = add(d >= 0.0, exp(0.0 - absolute(d)), num, den, v)
-                    store(y_ptr, index, ratio(a, b), storage)
-                    d = gap - w
-                    heavier = d >= 0.0
-                    num, den = add(heavier, exp(0.0 - absolute(d)), num, den, v)
+                    heavier, e = weigh(gap - u)
+                    y_num, y_den = absorb(heavier, e, num, den, v)
+                    store(y_ptr, index, ratio(y_num, y_den), storage)
+                    heavier, e = weigh(gap - w)
+                    num, den = absorb(heavier, e, num, den, v)
                     anchor, age = select(heavier, anchor, k), select(heavier, age + 1.0, 0.0)
-                store_packed(state, at, lanes, num, den, anchor, sums)
+                store_state(state, at, lanes, num, den, anchor, sums)
                 store(state, at + 3 * lanes, age, sums)
-                if row + kept >= stop:
-                    num, den, scale = rounded(num, den, anchor, age, minus_w)
-                    scale = select(den == 0.0, -np.inf, scale)
-                    store_packed(final_ptr, n * C + c, N * C, num, den, scale, sums)
+                if tile + rows >= end:
+                    num, den, p = fold_age(num, den, anchor, age, minus_w)
+                    p = select(den == 0.0, -np.inf, p)
+                    store_state(final_ptr, n * C + c, N * C, num, den, p, sums)
     return carried.size  # numba frees an array after its last use, which is here
 
 
@@ -137,7 +131,6 @@ def wkv_fwd(
     y, final = torch.empty_like(v), k.new_empty((3, N, C), dtype=dtype)
     checkpoints = k.new_empty(checkpoint_shape(B, T, C, dtype) if save else (0,), dtype=dtype)
     pointers = addresses(w, u, k, v, y, initial, final, checkpoints if save else None)
-    fixed = bounds, (T, C, N)
-    tags = TAGS[k.dtype], TAGS[dtype]
-    run(lambda work: _wkv_fwd_kernel(*pointers, *fixed, work, *tags), N, C, k.numel(), dtype)
+    shape, tags = (T, C, N), (TAGS[k.dtype], TAGS[dtype])
+    run(lambda work: _wkv_fwd_kernel(*pointers, bounds, shape, work, *tags), N, C, k.numel(), dtype)
     return y, final, checkpoints

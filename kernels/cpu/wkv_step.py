@@ -1,37 +1,33 @@
-"""One token of WKV on the CPU, for text that is generated.
-
-The formulas are those of kernels/cpu/wkv.py, but the state that comes back must hold p - w in one float32, token after
-token. Rounding it at |p| = 60 loses 2e-6 a step, which adds up to 1e-3 in 8192 tokens of a small w; the residue moved
-into num and den is itself rounded there, always in the same direction, and adds up to 1e-5. So the state is kept at
-a scale near e^0, where float32 resolves p to 1e-10: any scale will do, since only num e^p and den e^p mean anything.
-With it a token is added as E = e^{k - p} even if it is heavier than the past, up to e^64, and num and den change only
-by what the tokens bring.
-"""
+"""One token of WKV on the CPU, for sequences that are generated. kernels/wkv_step.py says why p is kept near 0."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastwkv.kernels.cpu.launch import addresses, fits, fitted, run
 from fastwkv.kernels.cpu.numerics import TAGS, exp, inlined, kernel, load, splat, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES, absolute, any_true, fma, select
-from fastwkv.kernels.cpu.wkv_state import LOWEST, add, load_state, load_w, locate, ratio, rounded, store_packed
+from fastwkv.kernels.cpu.wkv_state import absorb, fold_age, load_fields, load_rate, locate, ratio, store_state
+from fastwkv.kernels.cpu.work import addresses, fits, fitted, run
+from fastwkv.kernels.notation import (
+    FINE,
+    LARGEST,
+    LN2,
+    MODERATE,
+    NO_PAST,
+    RAISED_BITS_FLOAT32,
+    RAISED_BITS_FLOAT64,
+    REACH,
+    SMALL_FLOAT32,
+    SMALL_FLOAT64,
+    SMALLEST,
+)
 
-# Scales are moved, and tokens heavier than the past added to it, up to e^64 = 6e27.
-REACH = 64.0
-# Larger values would overflow where tokens are added with weights up to e^64.
-MODERATE = 1e6
-# A max below this stays as it is: half a unit in its last place, 8192 times, is 2e-6.
-FINE = 2.0**-7
-# Bounds of what is moved, far enough from overflow for the next tokens.
-LARGEST, SMALLEST = 1e30, 1e-30
-LN_2 = 0.6931471805599453
 ONE_TOKEN = np.array((0, 1))
 
 
 @inlined
 def _difference(a, b):
-    """Return a - b rounded, and what the rounding left."""
+    """Return a - b rounded, and what the rounding cut off."""
     high = a - b
     back = high - a
     low = (a - (high - back)) - (b + back)
@@ -39,24 +35,29 @@ def _difference(a, b):
 
 
 @inlined
-def _weight(d, low, v):
-    """Return whether the past keeps its scale, and the weight of the token, or else of the past."""
+def _weigh(d, low, v):
+    """Return whether the past keeps its scale, and the weight of the token; where it does not, that of the past.
+
+    The exponent of the past is larger than that of the token by d + low. A token heavier than the past has a weight up
+    to e^64 where the past keeps its scale.
+    """
     near = select(absolute(v) < MODERATE, d, select(d >= 0.0, d, -2.0 * REACH)) >= -REACH
-    E = exp(select(near, 0.0 - d, d))
-    return near, fma(E, select(near, 0.0 - low, low), E)
+    e = exp(select(near, 0.0 - d, d))
+    return near, fma(e, select(near, 0.0 - low, low), e)
 
 
 @inlined
-def _weighed(num, den, scale, sums):
-    """Return a state whose exponent says what it weighs: very small sums are made larger, and where they are 0 it is
-    the lowest there is. kernels/wkv_entry.py says why.
+def _raised(num, den, p, sums):
+    """Give a state whose sums are very small larger ones, and an exponent to match; an empty one has p = NO_PAST.
+
+    kernels/wkv_entry.py says why.
     """
-    digits = 64 if sums.itemsize == 4 else 512
-    few = select(den > 0.0, den, 1.0) < 0.5**digits
-    lower, rest = _difference(scale, digits * LN_2)
-    num, den = select(few, fma(rest, num, num) * 2.0**digits, num), select(few, fma(rest, den, den) * 2.0**digits, den)
-    scale = select(absolute(num) + absolute(den) == 0.0, LOWEST, scale)
-    return num, den, select(few, lower, scale)
+    bits = RAISED_BITS_FLOAT32 if sums.itemsize == 4 else RAISED_BITS_FLOAT64
+    small = select(den > 0.0, den, 1.0) < (SMALL_FLOAT32 if sums.itemsize == 4 else SMALL_FLOAT64)
+    lower, rest = _difference(p, bits * LN2)
+    num, den = select(small, fma(rest, num, num) * 2.0**bits, num), select(small, fma(rest, den, den) * 2.0**bits, den)
+    p = select(absolute(num) + absolute(den) == 0.0, NO_PAST, p)
+    return num, den, select(small, lower, p)
 
 
 @kernel
@@ -72,43 +73,44 @@ def _wkv_step_kernel(
     state_ptr,  # [3, B, C]
     bounds,  # of one token
     shape,  # C, B
-    work,  # channels in a block, first and last unit of work
+    work,  # channels in a block, first unit of work, the one after the last
     storage,  # tag of k, v, y
     sums,  # tag of the rest
 ):
     C, B = shape
-    width, first, last = work
+    width, first, stop = work
     lanes = VECTOR_BYTES // sums.itemsize
-    for unit in range(first, last):
-        n, _, _, _, c_first, c_last = locate(unit, width, C, bounds)
-        for x in range(c_first, c_last, lanes):
+    for unit in range(first, stop):
+        n, _, _, _, c_begin, c_end = locate(unit, width, C, bounds)
+        for i in range(c_begin, c_end, lanes):
             # The last vector of an odd C overlaps the one before it, and writes the same numbers there.
-            c = min(x, C - lanes)
+            c = min(i, C - lanes)
             index = n * C + c
-            w, u = load_w(w_ptr, c, sums), load(u_ptr, c, sums)
+            w, u = load_rate(w_ptr, c, sums), load(u_ptr, c, sums)
             k, v = load(k_ptr, index, storage), load(v_ptr, index, storage)
-            num, den, scale = load_state(num_ptr, den_ptr, max_ptr, index, sums)
-            if any_true(den < (0.5**64 if sums.itemsize == 4 else 0.5**512)):  # hardly ever
-                num, den, scale = _weighed(num, den, scale, sums)
-            gap, gap_low = _difference(scale, k)
+            num, den, p = load_fields(num_ptr, den_ptr, max_ptr, index, sums)
+            if any_true(den < (SMALL_FLOAT32 if sums.itemsize == 4 else SMALL_FLOAT64)):  # hardly ever
+                num, den, p = _raised(num, den, p, sums)
+            gap, gap_low = _difference(p, k)
             d, low = _difference(gap, u)
-            near, E = _weight(d, gap_low + low, v)
-            a, b = add(near, E, num, den, v)
-            store(y_ptr, index, ratio(a, b), storage)
+            near, e = _weigh(d, gap_low + low, v)
+            y_num, y_den = absorb(near, e, num, den, v)
+            store(y_ptr, index, ratio(y_num, y_den), storage)
 
             d, low = _difference(gap, w)
-            near, E = _weight(d, gap_low + low, v)
-            num, den = add(near, E, num, den, v)
+            near, e = _weigh(d, gap_low + low, v)
+            num, den = absorb(near, e, num, den, v)
             one = splat(1.0, sums)
-            num, den, scale = rounded(num, den, select(near, scale, k), select(near, one, 0.0), 0.0 - w)
-            shift = select(absolute(scale) > FINE, scale, 0.0)
+            num, den, p = fold_age(num, den, select(near, p, k), select(near, one, 0.0), 0.0 - w)
+            shift = select(absolute(p) > FINE, p, 0.0)
             shift = select(absolute(shift) < REACH, shift, 0.0)
             factor = exp(shift)
-            a, b = num * factor, den * factor
-            movable = absolute(select(b < LARGEST, select(b > SMALLEST, a, LARGEST), LARGEST)) < LARGEST
-            num, den = select(movable, a, num), select(movable, b, den)
-            scale = select(den == 0.0, -np.inf, select(movable, scale - shift, scale))
-            store_packed(state_ptr, index, B * C, num, den, scale, sums)
+            num_moved, den_moved = num * factor, den * factor
+            bounded = select(den_moved < LARGEST, select(den_moved > SMALLEST, num_moved, LARGEST), LARGEST)
+            moves = absolute(bounded) < LARGEST
+            num, den = select(moves, num_moved, num), select(moves, den_moved, den)
+            p = select(den == 0.0, -np.inf, select(moves, p - shift, p))
+            store_state(state_ptr, index, B * C, num, den, p, sums)
 
 
 def wkv_step(

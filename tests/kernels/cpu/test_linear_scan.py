@@ -9,10 +9,10 @@ import pytest
 import torch
 from numba import njit
 
-from fastwkv.kernels.cpu import launch
+from fastwkv.kernels.cpu import work
 from fastwkv.kernels.cpu.linear_scan import _linear_scan_fwd_kernel, linear_scan_bwd, linear_scan_fwd, linear_scan_step
 from fastwkv.kernels.cpu.linear_scan_bwd import _linear_scan_bwd_kernel
-from fastwkv.kernels.cpu.linear_scan_state import kind
+from fastwkv.kernels.cpu.linear_scan_state import scan_constants
 from fastwkv.ops.linear_scan import linear_scan
 from fastwkv.reference.linear_scan import linear_scan as reference
 
@@ -261,7 +261,7 @@ def test_gradients_are_accurate_after_many_steps(dtype, reverse):
 @pytest.mark.parametrize("huge_pages", [True, False])
 def test_large_results_with_and_without_huge_pages(huge_pages, monkeypatch):
     if not huge_pages:
-        monkeypatch.setattr(launch, "_madvise", None)
+        monkeypatch.setattr(work, "_madvise", None)
     x = random(2, 2048, 300, seed=1, dtype=torch.complex64)  # 5 pages of 2 MiB, and no multiple of one
     a = multipliers(300, dtype=torch.complex64)
     h, final = linear_scan_fwd(a, x, None, None, False, False)
@@ -283,7 +283,7 @@ def test_offsets_are_checked_where_memory_is_touched():
 def test_loop_over_time_calls_nothing(kernel, pointers, dtype):
     # numba counts references to the tags of functions with branches: five times slower, and the results are the same.
     compiled = njit(nogil=True, error_model="numpy", boundscheck=False)(kernel.py_func)
-    tags = kind(torch.empty(0, dtype=dtype), dtype, log=dtype == torch.float32)
+    tags = scan_constants(torch.empty(0, dtype=dtype), dtype, log=dtype == torch.float32)
     compiled(*[0] * pointers, np.array((0, 1)), (1, 16), (1, 16), (16, 0, 0), *tags)
     (assembly,) = compiled.inspect_asm().values()
     lines = assembly.splitlines()

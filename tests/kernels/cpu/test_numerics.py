@@ -5,7 +5,7 @@ import torch
 from numba import njit
 
 from fastwkv.kernels.cpu import numerics
-from fastwkv.kernels.cpu.numerics import TAGS, exp, exp_pair, load, store
+from fastwkv.kernels.cpu.numerics import TAGS, exp, exp_sum, load, store
 from fastwkv.kernels.cpu.vectors import VECTOR_BYTES
 from fastwkv.kernels.cpu.wkv import _wkv_fwd_kernel
 
@@ -17,9 +17,9 @@ def _exp(x_ptr, y_ptr, count, lanes, tag):
 
 
 @njit
-def _exp_pair(x_ptr, y_ptr, low_ptr, count, lanes, tag):
+def _exp_sum(x_ptr, y_ptr, low_ptr, count, lanes, tag):
     for i in range(0, count, lanes):
-        y, low = exp_pair(load(x_ptr, i, tag))
+        y, low = exp_sum(load(x_ptr, i, tag))
         store(y_ptr, i, y, tag)
         store(low_ptr, i, low, tag)
 
@@ -59,14 +59,14 @@ def test_exponential_is_accurate_to_two_units_in_the_last_place(dtype):
 def test_pair_of_an_exponential_has_digits_beyond_its_dtype(dtype):
     x = torch.cat([sign * torch.logspace(-12, 1, 2**12, dtype=dtype) for sign in (1, -1)])
     y, low = torch.empty_like(x), torch.empty_like(x)
-    _exp_pair(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
+    _exp_sum(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
     exact, eps = np.exp(x.numpy().astype(np.longdouble)), torch.finfo(dtype).eps
     assert (np.abs(y.numpy() - exact) <= 1.5 * eps * exact).all()
     error = np.abs(y.numpy().astype(np.longdouble) + low.numpy() - exact)
     assert (error <= eps * np.minimum(4.5 * np.abs(x.numpy()), 0.7) * exact + 2 * np.finfo(np.longdouble).eps).all()
     x = torch.tensor([-torch.inf, -1e9, torch.nan]).to(dtype).repeat(16)
     y, low = torch.empty_like(x), torch.empty_like(x)
-    _exp_pair(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
+    _exp_sum(x.data_ptr(), y.data_ptr(), low.data_ptr(), len(x), _lanes(dtype), TAGS[dtype])
     assert torch.equal(y[:2], torch.zeros(2, dtype=dtype))
     assert torch.equal(low[:2], torch.zeros(2, dtype=dtype))
     assert y[2].isnan()
