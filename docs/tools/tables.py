@@ -230,14 +230,13 @@ def huggingface() -> str:
 
 def memory() -> str:
     """Lay out the processor time of calls by how the allocator is set."""
-    calls = list(dict.fromkeys(one["call"] for one in results("page_faults")["rows"]))
     lines = []
-    for name in calls:
+    for name in dict.fromkeys(one["call"] for one in results("page_faults")["rows"]):
         default, *others = (
             row("page_faults", call=name, setting=one) for one in ("default", "thresholds", "no mmap", "jemalloc")
         )
-        line = [name, digits(default["ms"]), f"{default['faults']:.0f}"]
-        lines.append(line + [f"{one['ms'] / default['ms']:.2f}×" for one in others])
+        ratios = [f"{one['ms'] / default['ms']:.2f}×" for one in others]
+        lines.append([name, digits(default["ms"]), f"{default['faults']:.0f}", *ratios])
     return markdown(["", "milliseconds", "faults a call", "thresholds", "no mmap", "jemalloc"], lines)
 
 
