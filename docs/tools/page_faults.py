@@ -1,4 +1,4 @@
-"""What memory for large results costs on a CPU: page faults and time of a call, by how the allocator is set.
+"""The cost of memory for large results on a CPU: page faults and time of a call, by how the allocator is set.
 
 A result that the allocator takes from the system anew at every call has to be filled with pages anew. The operators are
 timed in processes that differ in their environment alone, by turns. Times are processor time, of user and system, the

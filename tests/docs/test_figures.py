@@ -1,4 +1,4 @@
-"""What the pages say of results in words is in the committed files; tables are compared by test_readme.py."""
+"""Figures in sentences of the pages are those of the committed files; test_readme.py compares the tables."""
 
 import json
 from statistics import mean
