@@ -30,10 +30,11 @@ def test_it_is_one_page():
 
 
 def test_first_screen_says_what_has_not_been_measured():
-    first, _, _ = pages.text("README.md").partition("\n## ")
-    assert "**No GPU has measured it yet.**" in first
-    assert "make curve" in first
-    assert "make test" in first
+    above, _, below = pages.text("README.md").partition("![")
+    assert "**No GPU has measured it yet.**" in above
+    commands, _, _ = below.partition("\n## ")
+    assert "    make curve " in commands
+    assert "    make test " in commands
 
 
 def test_tables_of_all_pages_are_those_of_committed_results(tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 from griffe import Alias, Extension, GriffeLoader, Module, NameResolutionError, Object
 
+_RETURNS = re.compile(r"^( *)Returns:\n(?:\1 +.*\n)+", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|data|exc|func|meth|mod):`~?([\w.]+)`")
 _TABLE = re.compile(r"^( *)=+(?: +=+)+\n(?:.*\n)*?\1=+(?: +=+)+\n(?:.+\n)*\1=+(?: +=+)+$", re.MULTILINE)
 
@@ -26,6 +27,8 @@ class Docstrings(Extension):
 
 def as_markdown(text: str, owner: Object) -> str:
     """Return a docstring with tables, links and blocks of code as Markdown has them."""
+    # A colon there would end the type of the result.
+    text = _RETURNS.sub(lambda found: re.sub(r"(?<!Returns):(?=\s)", "&#58;", found[0]), text)
     text = _TABLE.sub(lambda table: _table(table[0].splitlines()), text)
     text = re.sub(r"^( *)::$", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)

@@ -45,11 +45,11 @@ def call(name: str) -> Any:
     return lambda: linear_scan(a, x)
 
 
-def measured(repeats: int) -> list[dict[str, Any]]:
-    """Measure every call in this process."""
+def measured(calls: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Measure calls in this process."""
     torch.set_num_threads(1)
     rows = []
-    for name in CALLS:
+    for name in calls:
         run = call(name)
         for _ in range(3):
             run()
@@ -77,11 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all settings (default: 3)")
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="of a call in a round (default: 20)")
     parser.add_argument("--jemalloc", metavar="FILE", help="libjemalloc.so.2, to be loaded before everything else")
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS, metavar="NAME", help=", ".join(CALLS))
     parser.add_argument("--here", action="store_true", help="print what this process measures, as JSON")
     add_out(parser)
     args = parser.parse_args(arguments)
     if args.here:
-        print(json.dumps(measured(args.repeats)))
+        print(json.dumps(measured(args.calls, args.repeats)))
         return 0
     settings = [name for name in SETTINGS if name != "jemalloc" or args.jemalloc]
     record = about_run("page_faults", torch.device("cpu"), {"rounds": args.rounds, "repeats": args.repeats})
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for setting in settings:
-            command = [sys.executable, __file__, "--here", "--repeats", str(args.repeats)]
+            command = [sys.executable, __file__, "--here", "--repeats", str(args.repeats), "--calls", *args.calls]
             done = subprocess.run(
                 command, env=environment(setting, args.jemalloc), stdout=subprocess.PIPE, text=True, check=True
             )
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             "ms": round(min(one["ms"] for one in found[name, setting]), 3),
             "faults": round(min(one["faults"] for one in found[name, setting]), 1),
         }
-        for name in CALLS
+        for name in args.calls
         for setting in settings
     ]
     for row in rows:

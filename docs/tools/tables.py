@@ -228,6 +228,18 @@ def huggingface() -> str:
     return markdown(["seconds, 169M class", "unpatched", "patched", "", "an operator at no cost"], lines)
 
 
+def memory() -> str:
+    """Lay out the processor time of calls by how the allocator is set."""
+    lines = []
+    for name in dict.fromkeys(one["call"] for one in results("page_faults")["rows"]):
+        default, *others = (
+            row("page_faults", call=name, setting=one) for one in ("default", "thresholds", "no mmap", "jemalloc")
+        )
+        ratios = [f"{one['ms'] / default['ms']:.2f}×" for one in others]
+        lines.append([name, digits(default["ms"]), f"{default['faults']:.0f}", *ratios])
+    return markdown(["", "milliseconds", "faults a call", "thresholds", "no mmap", "jemalloc"], lines)
+
+
 def speed_tables() -> dict[str, str]:
     """Lay out the tables of docs/speed.md."""
     wkv = {"hf": "Hugging Face", "loop": "PyTorch loop"}
@@ -259,6 +271,7 @@ def tables() -> dict[str, str]:
         "accuracy-lru": lru_errors,
         "speed-lru": lru_layer,
         "speed-huggingface": huggingface,
+        "speed-memory": memory,
     }
     return {name: make() for name, make in single.items()} | accuracy_tables() | speed_tables()
 
