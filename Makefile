@@ -12,7 +12,7 @@ test: .venv/ready  ## every property, on the CPU path and on the Triton kernels
 
 docs: .venv/docs-ready  ## these pages and those of every public name, in build/docs
 	$(BIN)/python docs/tools/tables.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet it would not be strict
 
 gpu: .venv/ready  ## tests, sanitizers and benchmarks on a GPU, or those of PART=...
 	$(BIN)/python bench/gpu.py $(PART)

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU.
+"""The machine code that the compiler makes of every kernel, without a GPU.
 
 Each kernel is compiled to machine code for the named targets, in every dtype and with the optional arguments that give
 it its variants. Of the main loop, for a lane, a token and a channel: instructions, special functions among them
@@ -7,8 +7,8 @@ that a multiprocessor needs by the throughput of its units and the unit that set
 clocks of one warp alone, by what the instructions tell the scheduler, once as if loads answered at once and once as if
 they took 1400 clocks. "loads" and "stores" are the bytes a lane, the usual ones and after a slash the widest. "warps"
 are those that fit on a multiprocessor. All this is computed, not measured, and depends on the compiler: the file is
-named after the version of Triton, compiled-triton-3.9.json. It has more: its rows are the Figures of compiled_gpu.py. A
-spill is an error: exit 1.
+named after the version of Triton, compiled-triton-3.9.json. Its rows are the Figures of machine_code/costs.py. A spill
+is an error: exit 1.
 """
 
 import argparse
@@ -16,66 +16,52 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 try:
-    from common import computed_result
-    from common.command_line import Parser, add_out, names, positive
-    from machine_code.costs import LOAD_CYCLES, Figures
+    from common.command_line import Parser, names, positive
+    from common.program import Program, bar_options
+    from machine_code.costs import LOAD_CYCLES
     from machine_code.variants import DTYPES, TARGETS, TRITON, VARIANTS, compile_variant
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"compiled.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
-FILE = f"compiled-triton-{TRITON}"
-COLUMNS = (
-    "{kernel:<22} {dtype:<10} {target:<7} {registers:>9} {spilled:>8} {shared:>7} {instructions:>13} {special:>8} "
-    "{loads:>6} {stores:>6} {bytes:>6} {warps:>6} {clocks:>7} {unit:>7} {cycles:>7} {waiting:>8}"
+COLUMNS = (  # title, unit, width, attribute of Figures, digits
+    ("kernel", "", "<22", "kernel", 0),
+    ("dtype", "", "<10", "dtype", 0),
+    ("target", "", "<7", "target", 0),
+    ("registers", "", ">9", "registers", 0),
+    ("spilled", "bytes", ">8", "spilled_bytes", 0),
+    ("shared", "bytes", ">7", "shared_bytes", 0),
+    ("instructions", "an element", ">13", "instructions", 1),
+    ("special", "an el.", ">8", "special", 2),
+    ("loads", "bytes", ">6", "loads", 0),
+    ("stores", "bytes", ">6", "stores", 0),
+    ("bytes", "an el.", ">6", "moved", 2),
+    ("warps", "", ">6", "warps", 0),
+    ("clocks", "an el.", ">7", "clocks", 3),
+    ("set by", "", ">7", "unit", 0),
+    ("alone", "a row", ">7", "cycles", 0),
+    ("waiting", "a row", ">8", "waiting", 0),
 )
-HEADER = {
-    "kernel": ("kernel", ""),
-    "dtype": ("dtype", ""),
-    "target": ("target", ""),
-    "registers": ("registers", ""),
-    "spilled": ("spilled", "bytes"),
-    "shared": ("shared", "bytes"),
-    "instructions": ("instructions", "an element"),
-    "special": ("special", "an el."),
-    "loads": ("loads", "bytes"),
-    "stores": ("stores", "bytes"),
-    "bytes": ("bytes", "an el."),
-    "warps": ("warps", ""),
-    "clocks": ("clocks", "an el."),
-    "unit": ("set by", ""),
-    "cycles": ("alone", "a row"),
-    "waiting": ("waiting", "a row"),
-}
 
 
-def cells(figures: Figures) -> dict[str, str]:
-    """Return what the table says of a variant, by its columns; "-" is what a target has not."""
+def line(cells: Iterable[str]) -> str:
+    """Return a line of the table."""
+    return " ".join(f"{cell:{column[2]}}" for cell, column in zip(cells, COLUMNS, strict=True)).rstrip()
 
-    def number(value: float | None, digits: int = 0) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
 
-    return {
-        "kernel": figures.kernel,
-        "dtype": figures.dtype,
-        "target": figures.target,
-        "registers": number(figures.registers),
-        "spilled": number(figures.spilled_bytes),
-        "shared": number(figures.shared_bytes),
-        "instructions": number(figures.instructions, 1),
-        "special": number(figures.special, 2),
-        "loads": _widths(figures.loads),
-        "stores": _widths(figures.stores),
-        "bytes": number(figures.loaded + figures.stored, 2),
-        "warps": number(figures.warps),
-        "clocks": number(figures.clocks, 3),
-        "unit": figures.unit or "-",
-        "cycles": number(figures.cycles),
-        "waiting": number(figures.waiting),
-    }
+def cell(value: Any, digits: int) -> str:
+    """Return what the table says of a figure; "-" is what a target or a kernel has not."""
+    if isinstance(value, dict):  # accesses by their bytes a lane: the usual ones, and after a slash the widest
+        counts = {int(width): count for width, count in value.items()}
+        usual, widest = max(counts, key=lambda width: counts[width], default=None), max(counts, default=None)
+        return cell(usual, 0) if usual == widest else f"{usual}/{widest}"
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[int, str, str]]:
@@ -87,7 +73,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[int, str, str]]:
         for target in args.targets
         if args.kernels.fullmatch(variant.name)
         and variant.takes(dtype)
-        # What has no stream in the model's dtype is the same for all that sum in float32.
+        # A kernel without a stream in the model's dtype is the same for all that sum in float32.
         and (variant.streams or dtype not in ("float16", "bfloat16"))
     ]
 
@@ -99,42 +85,60 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
 
 
-def _widths(accesses: dict[int, int]) -> str:
-    if not accesses:
-        return "-"
-    usual, widest = max(accesses, key=lambda width: accesses[width]), max(accesses)
-    return f"{usual}" if usual == widest else f"{usual}/{widest}"
+class Compiled(Program):
+    """The program."""
+
+    name = "compiled"
+    computes = True
+
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        for kind, known in (("target", TARGETS), ("dtype", DTYPES)):
+            text = ", ".join(known)
+            option(f"--{kind}s", type=names(kind, known), default=list(known), metavar="LIST", help=text)
+        option(
+            "--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)"
+        )
+        option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
+
+    @classmethod
+    def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
+        args.wanted = jobs(args)
+        if not args.wanted:
+            parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
+
+    @classmethod
+    def path(cls, args: argparse.Namespace) -> Path:
+        return args.out / f"compiled-triton-{TRITON}.json"
+
+    def settings(self) -> dict[str, Any]:
+        args = self.args
+        chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
+        return {**chosen, "load_cycles": LOAD_CYCLES}
+
+    def run(self) -> None:
+        wanted = self.args.wanted
+        with multiprocessing.get_context("spawn").Pool(self.args.jobs) as pool:
+            found = pool.imap(compile_variant, wanted)
+            for figures in tqdm(found, total=len(wanted), unit=" kernels", disable=None, **bar_options()):
+                self.add(asdict(figures))
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        lines = [line(column[head] for column in COLUMNS) for head in (0, 1)]
+        for row in record["rows"]:
+            figures = {**row, "moved": row["loaded"] + row["stored"]}
+            lines.append(line(cell(figures[name], digits) for *_, name, digits in COLUMNS))
+        return "\n".join(lines)
+
+    @classmethod
+    def complaint(cls, row: dict[str, Any]) -> str | None:
+        spilled = row["spilled_bytes"]
+        return f"{row['kernel']}, {row['dtype']}, {row['target']} spills {spilled} bytes" if spilled else None
 
 
-def main() -> None:
-    parser = Parser(prog="compiled.py", description=__doc__.split("\n\n")[0])
-    option = parser.add_argument
-    option("--targets", type=names("target", TARGETS), default=list(TARGETS), metavar="LIST", help=", ".join(TARGETS))
-    option("--dtypes", type=names("dtype", DTYPES), default=list(DTYPES), metavar="LIST", help=", ".join(DTYPES))
-    option("--kernels", type=_pattern, default=".*", metavar="REGEX", help="that match the whole name (default: all)")
-    option("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (%(default)s)")
-    add_out(parser)
-    args = parser.parse_args()
-    wanted = jobs(args)
-    if not wanted:
-        parser.error("nothing to compile: no kernel of --kernels has one of --dtypes")
-    computed_result.check(args.out, FILE, parser)
-    chosen = {"targets": args.targets, "dtypes": args.dtypes, "kernels": args.kernels.pattern}
-    settings = {**chosen, "load_cycles": LOAD_CYCLES}
-    record = computed_result.record("compiled", settings)
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        rows = list(tqdm(pool.imap(compile_variant, wanted), total=len(wanted), unit=" kernels", disable=None))
-
-    for line in (0, 1):
-        print(COLUMNS.format(**{name: both[line] for name, both in HEADER.items()}).rstrip())
-    for row in rows:
-        print(COLUMNS.format(**cells(row)))
-    record["rows"] = [asdict(row) for row in rows]
-    computed_result.write(args.out, record, FILE)
-    spilling = [row for row in rows if row.spilled_bytes]
-    if spilling:
-        sys.exit(f"compiled.py: {len(spilling)} of {len(rows)} kernels spill registers")
-
+main = Compiled.main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ history. Every figure is on disk the moment it exists, and the last lines printe
 import sys
 import time
 
-from piece import commands
+from gpu_minutes import commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in commands.COMMANDS:
         return commands.main(arguments, began)
-    from piece import parts  # which imports PyTorch
+    from gpu_minutes import parts  # which imports PyTorch
 
     return parts.main(arguments)
 

@@ -1,4 +1,4 @@
-"""What the operators should take on a GPU: a model's predictions from the machine code.
+"""Times that the operators should take on a GPU: a model's predictions from the machine code.
 
 A kernel takes the longest of
 - memory: the bytes that it loads and stores, over the copy bandwidth
@@ -9,7 +9,7 @@ A pass is the sum of its kernels, of what carries the state from chunk to chunk 
 fraction is that of the copy bandwidth, on the bytes that every implementation has to move. A real kernel overlaps the
 terms less well than this; a memory that is not busy answers sooner. Written to gpu_model.json as well.
 
-What a device does is assumed, or taken from what tune.py has measured there: from --measured, or from the results
+The figures of a device are assumed, or taken from what tune.py has measured there: from --measured, or from the results
 beside this program where they have such a file. The table says which.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from common import computed_result
-    from common.command_line import Parser, add_out, names
+    from common.command_line import Parser, names
+    from common.program import Program
     from machine_code.costs import LOAD_CYCLES, Figures
     from machine_code.devices import DEVICES, Device, devices_of, source_lines
     from peers.operator import GPU_SHAPES, Shape, shape_name
@@ -108,7 +108,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a pass on a shape."""
+    """The model's figures of a pass on a shape."""
 
     chunks: int
     warps: float
@@ -176,9 +176,9 @@ def predict(
     chunks = -(-T // launch.chunk)
     programs = B * chunks * -(-C // launch.block_c)
     used = [kernels[which.summary]] * (chunks > 1) + [kernels[which.finish]]
-    # Nobody asks for the summary of the chunk at the end.
+    # The chunk at the end needs no summary.
     shares = [1 - 1 / chunks] * (chunks > 1) + [1.0]
-    moved = [share * (kernel.loaded + kernel.stored) * B * T * C for kernel, share in zip(used, shares, strict=True)]
+    moved = [share * kernel.moved * B * T * C for kernel, share in zip(used, shares, strict=True)]
     summaries = which.summary_numbers * accumulator * B * chunks * C if chunks > 1 else 0
     terms = [
         kernel_terms(kernel, round(share * programs), min(T, launch.chunk), bytes_moved, device)
@@ -249,40 +249,55 @@ def program_of(text: str) -> Launch:
     return Launch(numbers[0], numbers[1], 0, numbers[2])
 
 
-def main() -> None:
-    parser = Parser(prog="gpu_model.py", description=__doc__.split("\n\n")[0])
-    option = parser.add_argument
-    option("--devices", type=names("device", DEVICES), default=["h200"], metavar="LIST", help=", ".join(DEVICES))
-    option("--measured", type=Path, metavar="FILE", help="of tune.py (default: those of bench/results)")
-    option("--program", type=program_of, metavar="C,W,S", help="channels, warps and tiles (default: those in use)")
-    option("--ops", type=names("op", OPERATORS), default=list(OPERATORS), metavar="LIST", help=", ".join(OPERATORS))
-    option("--dtypes", type=names("dtype", ITEMSIZE), default=list(ITEMSIZE), metavar="LIST", help=", ".join(ITEMSIZE))
-    add_out(parser)
-    args = parser.parse_args()
-    computed_result.check(args.out, "gpu_model", parser)
+class Model(Program):
+    """The program."""
 
-    devices = devices_of(args, parser)
-    every = {name: (asdict(device), known) for name, (device, known) in devices.items()}
-    assumed = {name: {key: one[key] for key in one if key not in known} for name, (one, known) in every.items()}
-    settings = {"target": TARGET, "assumed": assumed, "measured": {name: known for name, (_, known) in every.items()}}
-    settings |= {"carry_clocks": CARRY_CLOCKS, "program": asdict(args.program) if args.program else None}
-    record = computed_result.record("gpu_model", settings)
-    cases = [(op, dtype) for op in args.ops for dtype in args.dtypes if dtype in OPERATORS[op].dtypes]
-    try:
-        kernels = {case: compiled(*case, args.program) for case in cases}
-    except ImportError as error:
-        sys.exit(f"gpu_model.py: {error}; it needs Triton, which exists on Linux only")
-    print("Predictions of a model, microseconds. Nothing here has been measured but what is said to be of a device.")
-    print("\n".join(source_lines(devices)))
-    terms = (*TERMS, "carry", "launches", "total")
-    titles = ("device", "op", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit")
-    print(COLUMNS.format(*titles))
-    for gpu, case in itertools.product(devices, cases):
-        rows = model_rows(gpu, devices[gpu][0], *case, kernels[case], args.program)
-        print("\n".join(map(_line, rows)))
-        record["rows"] += rows
-    computed_result.write(args.out, record)
+    name = "gpu_model"
+    computes = True
 
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        for kind, known, default in (("device", DEVICES, ["h200"]), ("op", OPERATORS, None), ("dtype", ITEMSIZE, None)):
+            text = ", ".join(known)
+            option(f"--{kind}s", type=names(kind, known), default=default or list(known), metavar="LIST", help=text)
+        option("--measured", type=Path, metavar="FILE", help="of tune.py (default: those of bench/results)")
+        option("--program", type=program_of, metavar="C,W,S", help="channels, warps and tiles (default: those in use)")
+
+    @classmethod
+    def complete(cls, args: argparse.Namespace, parser: Parser) -> None:
+        args.known = devices_of(args, parser)
+
+    def settings(self) -> dict[str, Any]:
+        every = {name: (asdict(device), known) for name, (device, known) in self.args.known.items()}
+        assumed = {name: {key: one[key] for key in one if key not in known} for name, (one, known) in every.items()}
+        found = {"target": TARGET, "assumed": assumed, "measured": {name: known for name, (_, known) in every.items()}}
+        program = asdict(self.args.program) if self.args.program else None
+        return found | {"carry_clocks": CARRY_CLOCKS, "program": program}
+
+    def run(self) -> None:
+        args = self.args
+        cases = [(op, dtype) for op in args.ops for dtype in args.dtypes if dtype in OPERATORS[op].dtypes]
+        try:
+            kernels = {case: compiled(*case, args.program) for case in cases}
+        except ImportError as error:
+            sys.exit(f"gpu_model.py: {error}; it needs Triton, which exists on Linux only")
+        for gpu, case in itertools.product(args.known, cases):
+            self.add(*model_rows(gpu, args.known[gpu][0], *case, kernels[case], args.program))
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        settings, terms = record["settings"], (*TERMS, "carry", "launches", "total")
+        titles = ("device", "op", "dtype", "pass", "shape", "chunks", "warps", "GB", *terms, "fraction", "limit")
+        return "\n".join((
+            "Predictions of a model, microseconds. Nothing here has been measured but what is said to be of a device.",
+            *source_lines(settings["measured"], settings["assumed"]),
+            COLUMNS.format(*titles),
+            *map(_line, record["rows"]),
+        ))  # fmt: skip
+
+
+main = Model.main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 Into build/gpu-ready, which goes to the machine with the GPU: the kernels of `gpu.py first`, compiled by the version of
 Triton that such machines have; the peers of the benchmarks; the commit. Triton itself, which stays here, is installed
-into build/gpu-env and nowhere else. Then both commands are rehearsed. What is up to date is not made again.
+into build/gpu-env and nowhere else. Then both commands are rehearsed. Files that are up to date are not made again.
 """
 
 import os
@@ -14,14 +14,15 @@ from pathlib import Path
 
 try:
     from common.command_line import Parser
-    from ready import kernel_cache, peers
+    from peers import fetched
+    from precompiled import kernel_cache
 except ImportError as error:
     sys.exit(f"gpu_ready.py: {error}; pip install -e '.[bench]' installs what it needs")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON = "3.6.0"  # of PyTorch 2.11, which the machines with GPUs have
 ENVIRONMENT = ROOT / "build" / "gpu-env"
-REHEARSAL = "1500"  # seconds for each command: four minutes on two idle cores, and nobody waits for a busy machine
+REHEARSAL = "1500"  # seconds for each command, which takes four minutes on two idle cores
 LARGEST = 64 << 20  # bytes of all that travels
 
 
@@ -33,7 +34,7 @@ def install_triton() -> str:
     release = f"{sys.version_info.major}.{sys.version_info.minor}"
     wheel = ("--no-deps", "--only-binary=:all:", "--upgrade", "--target", str(folder))
     try:
-        peers.pip("install", *wheel, f"triton=={TRITON}")
+        fetched.pip("install", *wheel, f"triton=={TRITON}")
     except ValueError as error:
         raise ValueError(f"{error} (this is Python {release}; PYTHON=... chooses another for a new .venv)") from error
     done.touch()
@@ -54,7 +55,7 @@ def compile_kernels() -> str:
 
 def fetch_peers() -> str:
     """Fetch the peers."""
-    return f"fetched {', '.join(new)}" if (new := peers.fetch()) else "are there"
+    return f"fetched {', '.join(new)}" if (new := fetched.fetch()) else "are there"
 
 
 def note_commit() -> str:
@@ -62,9 +63,9 @@ def note_commit() -> str:
     command = ("git", "-C", str(ROOT), "rev-parse", "HEAD")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        (peers.READY / "commit").unlink(missing_ok=True)
+        (fetched.READY / "commit").unlink(missing_ok=True)
         return "not known: this is no checkout"
-    (peers.READY / "commit").write_text(done.stdout)
+    (fetched.READY / "commit").write_text(done.stdout)
     return done.stdout.strip()[:12]
 
 
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     parser = Parser(prog="gpu_ready.py", description=__doc__.split("\n\n")[0])
     parser.parse_args(arguments)
-    peers.READY.mkdir(parents=True, exist_ok=True)
+    fetched.READY.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS.items():
         began = time.monotonic()
         try:
@@ -113,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.exit(1, f"gpu_ready.py: {name}: {error}\n")
         print(f"{name}: {said}, {time.monotonic() - began:.0f} s", flush=True)
-    travels = size(peers.READY)
-    print(f"ready: {peers.READY.relative_to(ROOT)} has {travels / 2**20:.1f} MiB")
+    travels = size(fetched.READY)
+    print(f"ready: {fetched.READY.relative_to(ROOT)} has {travels / 2**20:.1f} MiB")
     return int(travels > LARGEST)
 
 

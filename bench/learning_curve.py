@@ -25,7 +25,8 @@ training text or from what the models saw of it, and gzip -9, each file by itsel
 RWKV-4 should end below the trigrams and not more than 3 % above the transformer; "MISSED" is printed if it does not.
 With --quick it learns too little for that.
 
-With --truncated both models see consecutive windows, each row going on where it ended.
+With --truncated both models see consecutive windows, each row going on where it ended. Ctrl-C ends a run; what was
+measured until then is kept and drawn.
 """
 
 import argparse

@@ -16,7 +16,8 @@ than those reported: of 0.002, 0.004 and 0.008 by the accuracy on a fifth of the
 of 0.002 and 0.006 for copying, the larger where both do as well. The control has the LRU's.
 
 What is reported. Accuracy on what was not trained on: a fifth of the digits, 256 new sequences. "steps/s" counts whole
-training steps, by the median one. The largest eigenvalue is the one after training.
+training steps, by the median one. The radius is the largest |eigenvalue| after training. The table has means over the
+seeds. Ctrl-C ends a run; what was measured until then is kept and drawn.
 """
 
 import math
@@ -37,8 +38,8 @@ try:
     from papers import figure, tasks
     from papers.recurrences import Dense, Diagonal, Network, Sizes, radius
     from papers.reproduction import Json, Reproduction, table
-    from papers.tasks import Examples
-    from papers.training import Training, curve, parameters
+    from papers.tasks import Examples, accuracy
+    from papers.training import Training, cosine, curve, parameters
     from torch import Tensor, nn
 
     from fastwkv.nn import LRU, param_groups
@@ -60,7 +61,6 @@ WARM_UP = 0.1  # of the steps
 DECAY = 0.05  # of the weights
 EVERY = 5  # steps to one point of a curve
 COPY_TEST = 256  # sequences
-TOGETHER = 64  # sequences of a test in one call
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ COPY = Task(
     steps=150,
     quick_steps=40,
 )
-LONG = replace(COPY, title="copy memory, delay 400", delay=400, batch=16, quick_steps=80)
-TASKS = {"digits": DIGITS, "copy-100": COPY, "copy-400": replace(LONG, rates={"lru": 6e-3, "short": 6e-3})}
+RATES = {"lru": 6e-3, "short": 6e-3}
+LONG = replace(COPY, title="copy memory, delay 400", delay=400, rates=RATES, batch=16, quick_steps=80)
+TASKS = {"digits": DIGITS, "copy-100": COPY, "copy-400": LONG}
 
 
 def build(task: Task, model: str) -> Network:
@@ -145,14 +146,6 @@ def groups(network: Network, rate: float) -> list[Json]:
     return found
 
 
-def relative_rate(step: int, steps: int) -> float:
-    """Rise linearly to 1, then fall to 0 along a cosine."""
-    rise = max(round(WARM_UP * steps), 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
-
-
 class Trial(Training):
     """A task, a network and a seed."""
 
@@ -177,7 +170,7 @@ class Trial(Training):
             return network(x).flatten(0, 1), y.flatten()
 
         def rate(step: int) -> float:
-            return task.rates[model] * relative_rate(step, self.total)
+            return task.rates[model] * cosine(step, self.total, WARM_UP)
 
         for scores, classes in self.steps(optimizer, rate, batches, predict):
             self.correct.append(float((scores.argmax(-1) == classes).float().mean()))
@@ -190,16 +183,6 @@ class Trial(Training):
         speed = {"steps": len(self.losses), "steps_per_second": self.steps_per_second}
         curves = {"loss_curve": curve(self.losses, EVERY), "accuracy_curve": curve(self.correct, EVERY)}
         return {**self.about, **self.tested, **speed, **curves}
-
-
-@torch.no_grad()
-def accuracy(network: Network, test: Examples, device: torch.device) -> float:
-    """Return the share of right answers."""
-    network.eval()
-    right = 0
-    for x, y in zip(test.x.split(TOGETHER), test.y.split(TOGETHER), strict=True):
-        right += int((network(x.to(device)).argmax(-1) == y.to(device)).sum())
-    return right / test.y.numel()
 
 
 def settings(task: Task, steps: int) -> Json:

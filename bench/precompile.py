@@ -3,9 +3,10 @@
 Each module has a function ``launches()`` that yields names and calls, the most valuable first; every call makes, with
 CPU tensors that nothing is in, the launches that its program will make. It is run with the version of Triton that the
 machine with the GPU has; the versions of PyTorch and of Python do not matter. First the launches are gone through
-without compiling, to see which kernels are new in which; then several processes compile. What an earlier run has
-compiled is taken from its cache. At the end, or on Ctrl-C, all is packed into one file (see ready/kernel_cache.py). It
-fits no other version of Triton, and no kernels that have changed since, be it that only a line above them was added.
+without compiling, to see which kernels are new in which; then several processes compile. Kernels that an earlier run
+has compiled are taken from its cache. At the end, or on Ctrl-C, all is packed into one file
+(precompiled/kernel_cache.py). It fits no other version of Triton, and no kernels that have changed since, be it that
+only a line above them was added.
 """
 
 import importlib
@@ -27,19 +28,19 @@ try:
     from common.command_line import Parser, positive
     from common.program import bar_options, sigterm_as_interrupt
     from machine_code.stand_in import Kernel, StandIn, stand_in
-    from ready import kernel_cache, launchers, triton_keys
+    from precompiled import kernel_cache, launchers, triton_keys
     from tqdm import tqdm
     from triton.compiler import CompiledKernel
 except ImportError as error:
     sys.exit(f"precompile.py: {error}; pip install -e '.[bench]' installs what it needs (Triton on Linux only)")
 
 MODULES = (  # of gpu.py first and second, the most valuable first
-    "piece.correctness",
-    "piece.headline",
-    "tuning.skeleton",
-    "tuning.assumptions",
-    "tuning.candidates",
-    "piece.generation",
+    "correctness.groups",
+    "gpu_minutes.headline",
+    "launch_shapes.skeleton",
+    "launch_shapes.assumptions",
+    "launch_shapes.candidates",
+    "gpu_minutes.generation",
 )
 OUT = kernel_cache.ROOT / "build" / "gpu-ready" / "cache.tar.xz"
 LARGEST = 16 << 20  # bytes of the packed cache
@@ -119,7 +120,7 @@ def entry(kernel: Kernel) -> kernel_cache.Entry:
 
 
 class Compiled:
-    """What the processes have sent."""
+    """The kernels and launchers that the processes have sent, and what failed."""
 
     def __init__(self) -> None:
         """Begin with nothing."""

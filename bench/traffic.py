@@ -1,6 +1,6 @@
-"""What the kernels load and store, in bytes a token and channel, beside what every implementation has to.
+"""Bytes that the kernels load and store for a token and channel, beside those that every implementation has to.
 
-The kernels are interpreted and each of their accesses to memory is counted. What PyTorch does between them is not: sums
+The kernels are interpreted and each of their accesses to memory is counted. PyTorch's work between them is not: sums
 over the chunks, numbers of packed sequences. "k 3.00 (1.5 times)" is read 1.5 times. Written to traffic.json as well.
 """
 
@@ -16,8 +16,8 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 try:
-    from common import computed_result
-    from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, add_out, names, positive
+    from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, names, positive
+    from common.program import Program
     from machine_code.bytes_counter import Access, TrafficCounter, merged
     from peers.operator import Shape
     from peers.operators import OPERATORS
@@ -112,28 +112,39 @@ def _shown(tensors: dict[str, dict[str, float]]) -> Iterator[str]:
             yield f"{name} {one['bytes']:.2f}{again}"
 
 
-def main() -> None:
-    parser = Parser(prog="traffic.py", description=__doc__.split("\n\n")[0])
-    option = parser.add_argument
-    known = list(OPERATORS)
-    option("--ops", type=names("operator", known), default=known, metavar="LIST", help=", ".join(known))
-    known = list(ALL_DTYPES)
-    option("--dtypes", type=names("dtype", known), default=DEFAULT_DTYPES, metavar="LIST", help=", ".join(known))
-    option("--tokens", type=positive, default=512, metavar="N", help="of the one sequence (%(default)s)")
-    option("--chunk", type=positive, default=128, metavar="N", help="tokens a chunk, where time is split (%(default)s)")
-    add_out(parser)
-    args = parser.parse_args()
-    computed_result.check(args.out, "traffic", parser)
+class Traffic(Program):
+    """The program."""
 
-    record = computed_result.record("traffic", {"channels": CHANNELS, "tokens": args.tokens, "chunk": args.chunk})
-    print(COLUMNS.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored"))
-    for operator, dtype, chunk in itertools.product(args.ops, args.dtypes, (None, args.chunk)):
-        if dtype in OPERATORS[operator].dtypes:
-            for row in case_rows(operator, dtype, (1, args.tokens, CHANNELS), chunk):
-                print(_line(row))
-                record["rows"].append(row)
-    computed_result.write(args.out, record)
+    name = "traffic"
+    computes = True
 
+    @classmethod
+    def options(cls, parser: Parser) -> None:
+        option = parser.add_argument
+        known = list(OPERATORS)
+        option("--ops", type=names("operator", known), default=known, metavar="LIST", help=", ".join(known))
+        known = list(ALL_DTYPES)
+        option("--dtypes", type=names("dtype", known), default=DEFAULT_DTYPES, metavar="LIST", help=", ".join(known))
+        option("--tokens", type=positive, default=512, metavar="N", help="of the one sequence (%(default)s)")
+        text = "tokens a chunk, where time is split (%(default)s)"
+        option("--chunk", type=positive, default=128, metavar="N", help=text)
+
+    def settings(self) -> dict[str, Any]:
+        return {"channels": CHANNELS, "tokens": self.args.tokens, "chunk": self.args.chunk}
+
+    def run(self) -> None:
+        args = self.args
+        for operator, dtype, chunk in itertools.product(args.ops, args.dtypes, (None, args.chunk)):
+            if dtype in OPERATORS[operator].dtypes:
+                self.add(*case_rows(operator, dtype, (1, args.tokens, CHANNELS), chunk))
+
+    @classmethod
+    def table(cls, record: dict[str, Any]) -> str:
+        head = COLUMNS.format("operator", "pass", "dtype", "chunk", "bytes", "compulsory", "ratio", "loaded; stored")
+        return "\n".join((head, *map(_line, record["rows"])))
+
+
+main = Traffic.main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

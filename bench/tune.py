@@ -11,10 +11,9 @@ Nothing is changed. gpu_model.py takes what it assumes from tune.json. Exit stat
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ try:
     from common import result_file
     from common.about import about_run
     from common.command_line import Parser, add_out, device, names, parser_of, positive
+    from common.light import emit as print_row
     from common.program import run_and_save
 except ImportError as error:
     sys.exit(f"tune.py: {error}; pip install -e '.[bench]' installs what it needs")
@@ -29,53 +29,24 @@ except ImportError as error:
 SHARES = {"assumptions": 0.15, "candidates": 0.65, "skeleton": 0.5, "l2": 1.0}  # each of what the parts before leave
 SECONDS = 60
 
-
-class Rows:
-    """Rows as they come: kept, and printed where somebody reads them."""
-
-    def __init__(self, printed: bool) -> None:
-        self.kept: list[dict[str, Any]] = []
-        self._printed = printed
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        """Take a row."""
-        self.kept.append(dict(row))
-        if self._printed:
-            print(json.dumps(row), flush=True)
-
-    @property
-    def failures(self) -> list[dict[str, Any]]:
-        """Rows that say what went wrong."""
-        return [row for row in self.kept if "error" in row]
+Emit = Callable[[Mapping[str, Any]], None]
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield all launches, by name: with them Triton's cache can be filled beforehand."""
-    from tuning import assumptions, candidates, skeleton
-
-    for part in (assumptions, candidates, skeleton):
-        yield from part.launches()
-
-
-def run(parts: Sequence[str], cuda: Any, seconds: float, emit: Rows, rehearsal: bool) -> dict[str, Any]:
-    """Run the parts and return what they lead to: rows, and the text of a diff."""
-    from tuning import assumptions, candidates, report, skeleton, turns
+def run(parts: Sequence[str], cuda: Any, seconds: float, emit: Emit, rehearsal: bool) -> dict[str, Any]:
+    """Run the parts, a share of the time each and the last all that is left; return the text of a diff."""
+    from launch_shapes import assumptions, candidates, report, skeleton, turns
 
     budget = turns.Budget(seconds)
     trials = [turns.Trial(case) for case in candidates.cases(cuda.multiprocessors, rehearsal)]
-
-    def try_all(cuda: Any, budget: Any, emit: Any, rehearsal: bool) -> None:
-        turns.measure(trials, cuda, budget, emit)
-
-    measures = {
+    measures: dict[str, Any] = {
         "assumptions": assumptions.measure,
-        "candidates": try_all,
+        "candidates": lambda cuda, budget, emit, _: turns.measure(trials, cuda, budget, emit),
         "skeleton": skeleton.measure,
         "l2": skeleton.measure_cache,
     }
-    for name in (one for one in SHARES if one in parts):
-        last = name == [one for one in SHARES if one in parts][-1]
-        measures[name](cuda, budget.share(1.0 if last else SHARES[name]), emit, rehearsal)
+    chosen = [name for name in SHARES if name in parts]
+    for name in chosen:
+        measures[name](cuda, budget.share(1.0 if name == chosen[-1] else SHARES[name]), emit, rehearsal)
     return report.conclude(emit, trials if "candidates" in parts else [])
 
 
@@ -96,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     try:
-        from ready import triton_keys
-        from tuning import report
-        from tuning.device import Gpu, Rehearsal
+        from launch_shapes import report, table
+        from launch_shapes.device import Gpu, Rehearsal
+        from precompiled import triton_keys
     except ImportError as error:
         sys.exit(f"tune.py: {error}; it needs Triton, which exists on Linux only")
     place = device("cpu" if args.rehearse else None, parser)
@@ -111,20 +82,25 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse:
         triton_keys.settle()  # kernels compiled beforehand are found
     cuda = Rehearsal() if args.rehearse else Gpu(place)
-    emit = Rows(args.rows)
+    rows: list[dict[str, Any]] = []
+
+    def emit(row: Mapping[str, Any]) -> None:
+        rows.append(dict(row))
+        if args.rows:
+            print_row(**row)
 
     def measure() -> int:
         record.update(run(args.parts, cuda, args.seconds, emit, args.rehearse))
-        return 1 if emit.failures else 0
+        return int(any("error" in row for row in rows))
 
     def save() -> None:
-        record["rows"] = report.latest(emit.kept)
+        record["rows"] = table.latest(rows)
         result_file.write(path, record)
         diff = Path(args.out) / "tune.diff"
         diff.unlink(missing_ok=True)
         if record["diff"]:
             diff.write_text(record["diff"])
-        print(report.table(record), file=sys.stderr if args.rows else sys.stdout)
+        print(report.text(record), file=sys.stderr if args.rows else sys.stdout)
 
     return run_and_save(measure, save)
 

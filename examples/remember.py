@@ -15,7 +15,7 @@ SYMBOLS, LENGTH, HIDDEN = 8, 5, 64  # guessing is right once in eight
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return texts, and what is to be said at the end of each."""
+    """Return sequences, and the symbols that each is to end with."""
     told = torch.randint(SYMBOLS, (size, LENGTH))
     nothing, now = torch.full((size, args.delay), SYMBOLS), torch.full((size, LENGTH), SYMBOLS + 1)
     return torch.cat((told, nothing, now), 1), told

@@ -145,7 +145,7 @@ def store_state(ptr, field, state, w, mask):
 
 @triton.jit
 def load_rows(ptr, tile, mask, outside: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr):
-    """Read the rows of a tile. With MASKED, numbers out of the mask are ``outside``; else they may be any."""
+    """Read the rows of a tile. With MASKED, numbers out of the mask are ``outside``; else nobody looks at them."""
     if MASKED:
         return rows_of(tl.load(ptr + tile, mask=mask, other=outside), ROWS)
     else:

@@ -26,18 +26,19 @@ BENCH_ROOMS = {
     "common": set(),
     "timing": {"common"},
     "machine_code": {"common"},
-    "ready": {"machine_code"},
-    "peers": {"ready.peers"},
+    "precompiled": {"machine_code"},
+    "correctness": {"common", "precompiled"},
+    "peers": set(),
     "throughput": {"common", "timing", "peers"},
     "generation": {"common", "timing"},
     "layer": {"common", "timing", "peers"},
     "papers": {"common"},
-    "tuning": {"common", "timing"},
+    "launch_shapes": {"common", "timing"},
 }
 PROGRAMS = {path.stem for path in (REPOSITORY / "bench").glob("*.py")}
 BENCH_ROOMS |= {program: set(BENCH_ROOMS) for program in PROGRAMS}
 # A few minutes on a GPU: parts of other programs, which gpu.py runs.
-BENCH_ROOMS |= {"piece": {*BENCH_ROOMS["ops"], "ops", "gen_time"}, "gpu": {"piece"}}
+BENCH_ROOMS |= {"gpu_minutes": {*BENCH_ROOMS["ops"], "ops", "gen_time"}, "gpu": {"gpu_minutes"}}
 
 
 @pytest.mark.parametrize(("graph", "rooms"), [(PACKAGE, ROOMS), (BENCH, BENCH_ROOMS)], ids=["fastwkv", "bench"])

@@ -5,20 +5,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from common.light import Parser
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 COMPLEX_DTYPES = {name: getattr(torch, name) for name in ("complex64", "complex128")}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser of one-line complaints."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message without the usage and end the program."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser_of(program: str, text: str) -> Parser:

@@ -1,6 +1,6 @@
 """Count the bytes that interpreted Triton kernels load and store, for every kernel and tensor.
 
-What a mask leaves out does not count. Neither does what PyTorch does between the kernels.
+Elements that a mask leaves out do not count. Neither does PyTorch's work between the kernels.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 @dataclass
 class Access:
-    """What one kernel has loaded, or stored, under the name of one of its arguments."""
+    """The accesses of one kernel, loads or stores, under the name of one of its arguments."""
 
     total: int = 0
     """Bytes, each as often as it was loaded or stored."""
@@ -68,7 +68,7 @@ class TrafficCounter:
         return self.loaded + self.stored
 
     def __enter__(self) -> "TrafficCounter":
-        # What reads and writes memory has the same arguments in Triton 3.6 and 3.9; what calls it has not.
+        # The methods that read and write have the same arguments in Triton 3.6 and 3.9; their callers have not.
         self._memory = interpreter._interpreter
         self._arguments = interpreter.GridExecutor._init_args_hst
         interpreter._interpreter = _Counted(self._memory, self)
@@ -112,7 +112,7 @@ class TrafficCounter:
 
 
 class _Counted:
-    """What reads and writes memory for the interpreter, with every access counted."""
+    """The interpreter's memory, with every access counted."""
 
     def __init__(self, memory: Any, counter: TrafficCounter) -> None:
         self._memory = memory

@@ -1,9 +1,9 @@
-"""What the machine code costs on an NVIDIA GPU: execution units, the time of one warp alone, warps a multiprocessor.
+"""The cost of machine code on an NVIDIA GPU: execution units, the time of one warp alone, warps a multiprocessor.
 
 Results a clock and multiprocessor are those of the table "Throughput of Native Arithmetic Instructions" in the CUDA C++
 Programming Guide (from version 13 on in the Best Practices Guide), resources those of "Compute Capabilities" there. On
-10.0 some of the "alu" instructions have twice the rate that is counted here. What the guides do not give is assumed,
-and says so.
+10.0 some of the "alu" instructions have twice the rate that is counted here. Figures that the guides do not give are
+assumed, and says so.
 """
 
 import re
@@ -48,7 +48,7 @@ LOAD_CYCLES = 1400  # assumed of a load on a busy memory: 0.8 µs at 1.755 GHz
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler has made of a variant. An element is a token of one channel, a row a token of one warp."""
+    """The result of compiling a variant. An element is a token of one channel, a row a token of one warp."""
 
     kernel: str
     dtype: str
@@ -78,6 +78,11 @@ class Figures:
     """Clocks of one warp alone a row, if loads answered at once."""
     waiting: float | None = None
     """The same if loads take LOAD_CYCLES."""
+
+    @property
+    def moved(self) -> float:
+        """Bytes loaded and stored an element."""
+        return self.loaded + self.stored
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What gpu_model.py knows of a device: what it assumes, and what tune.py has measured there in its place."""
+"""The devices of gpu_model.py: figures that it assumes, and those that tune.py has measured in their place."""
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,11 @@ def devices_of(args: argparse.Namespace, parser: Parser) -> dict[str, tuple[Devi
     return found
 
 
-def source_lines(devices: Mapping[str, tuple[Device, Mapping[str, Any]]]) -> list[str]:
-    """Return for each device what was assumed of it and what measured."""
+def source_lines(measured: Mapping[str, Mapping[str, Any]], assumed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return for each device which figures of it were measured and which are assumed."""
     lines = []
-    for name, (device, known) in devices.items():
-        told = {key: f"{key} {value:.4g}" for key, value in asdict(device).items()}
-        groups = {"measured": [told[key] for key in told if key in known]}
-        groups["assumed"] = [told[key] for key in told if key not in known]
-        lines.append(f"{name}: " + "; ".join(f"{kind} {', '.join(of)}" for kind, of in groups.items() if of))
+    for name in assumed:
+        groups = {"measured": measured[name], "assumed": assumed[name]}
+        told = {kind: ", ".join(f"{key} {value:.4g}" for key, value in of.items()) for kind, of in groups.items() if of}
+        lines.append(f"{name}: " + "; ".join(f"{kind} {text}" for kind, text in told.items()))
     return lines

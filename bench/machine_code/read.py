@@ -19,7 +19,7 @@ HIP_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_\w*?(byte|short|
 
 @dataclass(frozen=True)
 class Code:
-    """What is read of a compiled kernel."""
+    """A compiled kernel, as far as it is read."""
 
     registers: int
     spilled_bytes: int

@@ -36,7 +36,7 @@ _indices = itertools.count(-2, -1)
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one compilation was asked for."""
+    """A request to compile, and its result."""
 
     source: Any
     """Triton's ``ASTSource``: the function, the types of its arguments, its constants and alignments."""
@@ -51,7 +51,7 @@ class Kernel:
 
 
 class Launcher:
-    """What Triton calls to launch a kernel."""
+    """The object that Triton calls to launch a kernel."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -60,7 +60,7 @@ class Launcher:
 
 
 class NotCompiled:
-    """What Triton keeps in place of a compiled kernel."""
+    """The object that Triton keeps in place of a compiled kernel."""
 
     function = packed_metadata = metadata = None
 
@@ -97,15 +97,6 @@ class StandIn:
     def get_active_torch_device(self) -> torch.device:
         """Return where its tensors are."""
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """Return what times the configurations of an autotuner: it calls each once, so that all are compiled."""
-        return _call_once
-
-
-def _call_once(call: Callable[[], object], quantiles: Any = None, **_: Any) -> list[float]:
-    call()
-    return [1.0] * len(quantiles or "1")
 
 
 def _load_binary(*_: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ def build(name: str, layers: int, width: int, length: int, seed: int) -> nn.Modu
     torch.manual_seed(seed)
     if name == "rwkv4":
         return RWKV4(RWKV4Config(layers, width, VOCAB))
-    # What Pythia is, but with all of its small heads turned by position, with which it learns faster.
+    # A Pythia but for its positions, which turn whole heads: small as these are, it learns faster so.
     import transformers  # takes seconds, which a call of --help need not
 
     L, D = layers, width

@@ -47,7 +47,7 @@ class Reproduction:
         record = result_file.read(file, self.parser)
         if record.get("benchmark") != self.name:
             self.parser.error(f"{str(file)!r} is not a result of this program")
-        print(f"\n{self.show(record, out / f'{self.name}.png')}\n")
+        self._show(record, out)
         return 0
 
     def carry_out(
@@ -73,9 +73,13 @@ class Reproduction:
 
         status = program.run_and_save(run, save)
         if any(one.losses for one in trainings):
-            record = json.loads(path.read_text())  # so that the figure is of what the file holds
-            print(f"\n{self.show(record, path.with_suffix('.png'))}\n\nwrote {path.with_suffix('.png')} and {path}")
+            self._show(json.loads(path.read_text()), out)  # so that the figure is of what the file holds
+            print(f"wrote {path}")
         return status
+
+    def _show(self, record: Json, out: Path) -> None:
+        picture = out / f"{self.name}.png"
+        print(f"\n{self.show(record, picture)}\n\nwrote {picture}")
 
 
 def table(rows: Sequence[Json], texts: list[str], numbers: dict[str, str]) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 SYMBOLS, LENGTH = 8, 10  # to repeat
 BLANK, GO = SYMBOLS, SYMBOLS + 1
+TOGETHER = 64  # sequences of a test in one call
 DIGITS_TEST = 0.2  # of the images
 SPLIT = 0  # the seed that parts training from test, whatever the seed of a run
 
@@ -55,3 +56,13 @@ def copy_memory(batch: int, delay: int, generator: torch.Generator) -> Examples:
     tokens[:, :LENGTH] = symbols
     tokens[:, LENGTH + delay - 1] = GO
     return Examples(one_hot(tokens, SYMBOLS + 2).float(), symbols)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: Examples, device: torch.device) -> float:
+    """Return the share of right answers; the network is in evaluation mode from then on."""
+    network.eval()
+    right = 0
+    for x, y in zip(test.x.split(TOGETHER), test.y.split(TOGETHER), strict=True):
+        right += int((network(x.to(device)).argmax(-1) == y.to(device)).sum())
+    return right / test.y.numel()

@@ -1,5 +1,6 @@
 """One training: its loop, and what was measured of it so far."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,14 @@ class Training(ABC):
             self.seconds.append(time.perf_counter() - begin)
             self.losses.append(value)
             yield scores.detach(), classes
+
+
+def cosine(step: int, steps: int, warm_up: float) -> float:
+    """Return the share of the learning rate: it rises linearly in a share of the steps, then falls to 0 as a cosine."""
+    rise = max(round(warm_up * steps), 1)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
 def curve(values: list[float], every: int) -> list[float]:

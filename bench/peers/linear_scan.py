@@ -18,6 +18,7 @@ class LinearScan(Operator):
     """The diagonal linear recurrence with ``a`` ``[B, T, C]``."""
 
     name = "linear_scan"
+    title = "Linear scan, a multiplier for every token"
     dtypes = ("complex64", "complex128", "float32", "bfloat16", "float16", "float64")
     default_dtype = "complex64"
     gpu_dtypes = ("bfloat16", "float32", "complex64")
@@ -61,6 +62,7 @@ class FixedScan(LinearScan):
     """The same with ``a`` ``[C]``."""
 
     name = "linear_scan_fixed"
+    title = "Linear scan, one multiplier for all tokens"
     shapes = ((4, 4096, 256),)
     traffic: ClassVar = {
         "forward": Traffic(2),  # x -> h

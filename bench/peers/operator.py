@@ -110,6 +110,7 @@ class Operator(ABC):
     """An operator: its inputs, its reference, the results and the traffic of its passes, its providers."""
 
     name: ClassVar[str]
+    title: ClassVar[str]  # of figures
     dtypes: ClassVar[tuple[str, ...]]
     default_dtype: ClassVar[str]  # of ops.py on a CPU; the targets hold in it
     gpu_dtypes: ClassVar[tuple[str, ...]]  # of ops.py on a GPU

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ready import peers
+from peers import fetched
 from torch import Tensor
 
-peers.add_to_path()
+fetched.add_to_path()
 
 OURS = "fastwkv"  # the provider that is this package
 

@@ -21,6 +21,7 @@ class WKV(Operator):
     """The operator of RWKV-4."""
 
     name = "wkv"
+    title = "WKV"
     dtypes = ("float32", "bfloat16", "float16", "float64")
     default_dtype = "float32"
     gpu_dtypes = ("bfloat16", "float32")

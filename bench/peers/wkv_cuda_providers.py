@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.fetched import RWKV_CUDA as FETCHED
+from peers.fetched import SOURCES
 from peers.wkv_inputs import Inputs
 from peers.wkv_providers import WKVProvider
-from ready.peers import RWKV_CUDA as FETCHED
-from ready.peers import SOURCES
 from torch import Tensor
 from torch.utils import cpp_extension
 

@@ -31,11 +31,6 @@ LOOKS = {
     "loop": ("#6a6a6a", "v"),
     "reference": ("#9a9a9a", ">"),
 }
-TITLES = {
-    "wkv": "WKV",
-    "linear_scan": "Linear scan, a multiplier for every token",
-    "linear_scan_fixed": "Linear scan, one multiplier for all tokens",
-}
 WIDTH, HEIGHT = 13.0, 4.6  # inches, of the figure and of a row of panels
 SPREAD = 0.78  # of the room of a shape, for its marks
 LEGEND = 4  # names in a line of it
@@ -158,7 +153,7 @@ def _title(figure: Figure, operator: str, rows: list[Json], record: Json, height
     device = record["device"]
     line = f"Bytes that have to be moved over the time taken, as a fraction of a copy's {record['copy_gbps']:.0f} GB/s"
     heights = 1 - 0.48 / height, 1 - 0.83 / height
-    figures.title(figure, TITLES.get(operator, operator), f"{line}  ·  {figures.device_name(device)}", heights)
+    figures.title(figure, OPERATORS[operator].title, f"{line}  ·  {figures.device_name(device)}", heights)
     line = "Numbers: that fraction for fastwkv; for the others, how many times as long as fastwkv they take"
     figure.text(0.02, 1 - 1.1 / height, line, fontsize=13, color="#5a5a5a")
     looks: list[Json] = []

@@ -25,15 +25,29 @@ class Docstrings(Extension):
 
 
 def as_markdown(text: str, owner: Object) -> str:
-    """Return a docstring with tables as blocks of code, roles as links, and no double colons."""
-    text = _TABLE.sub(lambda table: _ROLE.sub(r"\1", _indented(table[0])), text)
+    """Return a docstring with tables, links and blocks of code as Markdown has them."""
+    text = _TABLE.sub(lambda table: _table(table[0].splitlines()), text)
     text = re.sub(r"^( *)::$", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     return _ROLE.sub(lambda role: _link(role[1], owner), text)
 
 
-def _indented(block: str) -> str:
-    return "\n".join(f"    {line}" for line in block.splitlines())
+def _table(lines: list[str]) -> str:
+    """Return a simple table. A line of which only the first column is filled is continued by the next."""
+    starts = [ruler.start() for ruler in re.finditer("=+", lines[0])]
+    rows: list[list[str]] = []
+    unfinished = ""
+    for line in lines:
+        if line.lstrip().startswith("="):
+            continue
+        first, *others = (line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True))
+        if any(others):
+            rows.append([f"{unfinished}{first}", *others])
+            unfinished = ""
+        else:
+            unfinished += f"{first} "
+    rows.insert(1, ["---"] * len(starts))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _link(name: str, owner: Object) -> str:

@@ -50,7 +50,7 @@ class Position(NamedTuple):
 
     @staticmethod
     def load(path: Path, config: RWKV4Config, dtype: torch.dtype) -> "Position":
-        """Read a file that ``save`` has written for a model of these sizes and this dtype.
+        """Read a file that :meth:`save` has written for a model of these sizes and this dtype.
 
         Raises:
             OSError: the file cannot be opened.
@@ -83,7 +83,7 @@ def advance(model: RWKV4, position: Position, tokens: Sequence[int]) -> Position
 
 
 def check_writable(path: Path) -> None:
-    """Check that ``Position.save`` can write a file of this name, into an existing folder.
+    """Check that :meth:`Position.save` can write a file of this name, into an existing folder.
 
     Raises:
         UsageError: it cannot.

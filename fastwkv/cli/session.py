@@ -46,7 +46,7 @@ class Session:
             count: the number of tokens; fewer come if ``stop_token`` does.
             stop_token: the token that ends the text.
             save_state: the file to write the position to, even if the text is cut short.
-            sampling: options of ``fastwkv.nn.generate``.
+            sampling: options of :func:`fastwkv.nn.generate`.
 
         Raises:
             OSError: the text or the state cannot be written.

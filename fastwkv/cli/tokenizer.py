@@ -34,15 +34,15 @@ class ByteTokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def encode(self, text: bytes) -> list[int]:
-        """See ``Tokenizer``; any bytes will do."""
+        """See :class:`Tokenizer`; any bytes will do."""
         return list(text)
 
     def decode(self, token: int) -> str:
-        """See ``Tokenizer``."""
+        """See :class:`Tokenizer`."""
         return self._decoder.decode(bytes([token])) if token < 256 else self.finish() + _REPLACEMENT
 
     def finish(self) -> str:
-        """See ``Tokenizer``."""
+        """See :class:`Tokenizer`."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -58,7 +58,7 @@ class LibraryTokenizer:
         self._held: list[int] = []  # tokens since the last text
 
     def encode(self, text: bytes) -> list[int]:
-        """See ``Tokenizer``.
+        """See :class:`Tokenizer`.
 
         Raises:
             UsageError: the text is not UTF-8.
@@ -70,7 +70,7 @@ class LibraryTokenizer:
             raise UsageError(f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
 
     def decode(self, token: int) -> str:
-        """See ``Tokenizer``."""
+        """See :class:`Tokenizer`."""
         try:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the library raises nothing narrower when invalid UTF-8 changes text that is out already
@@ -80,7 +80,7 @@ class LibraryTokenizer:
         return text or ""
 
     def finish(self) -> str:
-        """See ``Tokenizer``."""
+        """See :class:`Tokenizer`."""
         return self._tokenizer.decode(self._held, skip_special_tokens=False)
 
 

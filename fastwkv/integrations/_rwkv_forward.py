@@ -93,7 +93,7 @@ def feed_forward_forward(
 
 
 def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``RwkvModel.forward``: its layers get a list of ``LayerState``, its caller gets five tensors."""
+    """Wrap ``RwkvModel.forward``: its layers get a list of :class:`LayerState`, its caller gets five tensors."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)

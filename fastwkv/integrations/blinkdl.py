@@ -3,9 +3,9 @@
 That code compiles a CUDA extension for one longest sequence, T_MAX, and calls it from an ``autograd.Function`` of its
 own. There are two ways around the compiler, on GPU and CPU, for any T:
 
-- ``RUN_CUDA`` takes the place of its function of that name;
+- :func:`RUN_CUDA` takes the place of its function of that name;
 - the code stays as it is, with one import in front of it, ``import fastwkv.integrations.blinkdl_extension``, which
-  calls ``install``: the code then gets ``wkv_cuda`` as its extension.
+  calls :func:`install`: the code then gets :data:`wkv_cuda` as its extension.
 
 The first is the faster: it keeps tensors for the backward pass that do not fit the calling convention of the extension.
 """
@@ -29,7 +29,7 @@ _SOURCES = ({"wkv_op.cpp", "wkv_cuda.cu"}, {"wkv_op_bf16.cpp", "wkv_cuda_bf16.cu
 
 
 def RUN_CUDA(B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute ``fastwkv.wkv`` by the signature of the training code: ``time_decay`` for w, and sizes in front.
+    """Compute :func:`fastwkv.wkv` by the signature of the training code: ``time_decay`` for w, and sizes in front.
 
     The rate exp(w) is computed in float32, or float64 if any input is float64. Gradients reach w, u, k and v, in
     their dtypes.
@@ -83,7 +83,7 @@ class WKVExtension:
         """Write the gradients of a loss into gw, gu ``[B, C]``, one row a sequence, and gk, gv ``[B, T, C]``.
 
         gw is the gradient of time_decay. The caller sums gw and gu over B; if they are 16-bit tensors, every row is
-        rounded before that. The arguments up to v are those of ``forward``.
+        rounded before that. The arguments up to v are those of :meth:`forward`.
 
         Args:
             gradients: ``gy, gw, gu, gk, gv``, of which gy is read and the others are written. Later versions of the
@@ -112,7 +112,7 @@ wkv_cuda = WKVExtension()
 
 
 def install() -> None:
-    """Let ``torch.utils.cpp_extension.load`` return ``wkv_cuda`` in place of the WKV extension.
+    """Let ``torch.utils.cpp_extension.load`` return :data:`wkv_cuda` in place of the WKV extension.
 
     It recognises the extension by a name that begins with "wkv" and by the two source files, which need not exist.
     Everything else is compiled as before. A second call changes nothing.
@@ -129,7 +129,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo ``install``. Code that already has its extension keeps it."""
+    """Undo :func:`install`. Code that already has its extension keeps it."""
     cpp_extension = _cpp_extension()
     if isinstance(cpp_extension.load, _Load):
         cpp_extension.load = cpp_extension.load.compiled

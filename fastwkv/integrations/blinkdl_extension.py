@@ -4,7 +4,7 @@ In the script that starts the training, above everything that imports the model:
 
     import fastwkv.integrations.blinkdl_extension
 
-The import calls ``fastwkv.integrations.blinkdl.install``.
+The import calls :func:`fastwkv.integrations.blinkdl.install`.
 """
 
 from fastwkv.integrations.blinkdl import install

@@ -41,7 +41,7 @@ _undo: list[Callable[[], None]] = []  # functions that take the patch back, none
 
 
 class Patch:
-    """The result of ``patch``: at the end of its ``with`` block all is as it was before the call."""
+    """The result of :func:`patch`: at the end of its ``with`` block all is as it was before the call."""
 
     def __init__(self, patched_before: bool) -> None:
         self._patched_before = patched_before
@@ -50,19 +50,19 @@ class Patch:
         """Do nothing: the patch is in place."""
 
     def __exit__(self, *_: object) -> None:
-        """Restore the state before the call of ``patch``."""
+        """Restore the state before the call of :func:`patch`."""
         patch() if self._patched_before else unpatch()
 
 
 def patch() -> Patch:
-    """Let Hugging Face's RWKV compute with this package, in the whole process, until ``unpatch``.
+    """Let Hugging Face's RWKV compute with this package, in the whole process, until :func:`unpatch`.
 
     It works on models built before and after, and can be called again without effect. ``with patch():`` patches for a
     block; within a patched block or program, all stays patched. In ``transformers.models.rwkv.modeling_rwkv`` it
     replaces:
 
-    - ``rwkv_linear_attention`` by ``fastwkv.wkv`` and ``fastwkv.wkv_step`` with ``w = exp(time_decay)``: parallel over
-      time, without a limit on the length, and with the gradient of the state.
+    - ``rwkv_linear_attention`` by :func:`fastwkv.wkv` and :func:`fastwkv.wkv_step` with ``w = exp(time_decay)``:
+      parallel over time, without a limit on the length, and with the gradient of the state.
     - ``load_wkv_cuda_kernel`` by a function that does nothing, so that no CUDA kernel is downloaded or compiled. That
       kernel refuses sequences longer than ``context_length`` and writes past its gradients for a batch of more than
       one.
@@ -111,7 +111,7 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Restore everything that ``patch`` replaced; without a patch nothing happens."""
+    """Restore everything that :func:`patch` replaced; without a patch nothing happens."""
     while _undo:
         _undo.pop()()
 

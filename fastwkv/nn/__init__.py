@@ -1,4 +1,4 @@
-"""PyTorch modules: RWKV-4 over ``fastwkv.wkv``, and layers over ``fastwkv.linear_scan``."""
+"""PyTorch modules: RWKV-4 over :func:`fastwkv.wkv`, and layers over :func:`fastwkv.linear_scan`."""
 
 from fastwkv.nn.config import RWKV4Config
 from fastwkv.nn.generation import generate

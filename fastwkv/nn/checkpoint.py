@@ -63,7 +63,7 @@ def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
     """Find a checkpoint and check the names, shapes, dtypes and sizes of all its tensors.
 
     Args:
-        path: a file of BlinkDL's, or a folder of Hugging Face's or of ``save``.
+        path: a file of BlinkDL's, or a folder of Hugging Face's or of :func:`save`.
         checksums: whether to read files of ``torch.save`` through, to compare them with their checksums.
 
     Raises:
@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path, checksums: bool = False) -> Checkpoint:
 
 
 def save(model: nn.Module, config: RWKV4Config, path: str | Path, format: str) -> None:
-    """Write the parameters of a model; see ``fastwkv.nn.RWKV4.save_pretrained``."""
+    """Write the parameters of a model; see :meth:`fastwkv.nn.RWKV4.save_pretrained`."""
     path = Path(path)
     if format not in checkpoint_names.FORMATS:
         raise ValueError(f"format must be one of {', '.join(checkpoint_names.FORMATS)}, got {format!r}")

@@ -15,7 +15,7 @@ _PRESETS = {  # layers, width: table 2 of arXiv 2305.13048
 
 @dataclass(frozen=True)
 class RWKV4Config:
-    """The sizes of a ``fastwkv.nn.RWKV4``.
+    """The sizes of a :class:`~fastwkv.nn.RWKV4`.
 
     Args:
         layers: the number of blocks, L.
@@ -73,7 +73,7 @@ class RWKV4Config:
 
 
 def check_config(config: object) -> None:
-    """Check that the config of a module is an ``RWKV4Config``; the message of the error says how to make one."""
+    """Check that the config of a module is an :class:`RWKV4Config`; the message of the error says how to make one."""
     if isinstance(config, RWKV4Config):
         return
     hint = ""

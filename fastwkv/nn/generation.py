@@ -27,7 +27,7 @@ def generate(
 ) -> "Generation":
     """Continue a batch of prompts, yielding each new token as soon as it is known.
 
-    The prompt is read in parallel, in pieces of a fixed number of tokens; ``fastwkv.nn.prefill.read`` tells how the
+    The prompt is read in parallel, in pieces of a fixed number of tokens; :func:`fastwkv.nn.prefill.read` tells how the
     numbers compare with those of one piece. Then every token costs one recurrent step: the same time and memory at any
     length. At temperature 0 a token is the most likely one. Otherwise it is sampled from softmax(logits / temperature),
     restricted to the smallest set of most likely tokens whose probabilities reach ``top_p`` together ("The Curious
@@ -42,8 +42,8 @@ def generate(
     ``model.train()`` after the second token have no effect. Nothing waits for the device, with a graph or without.
 
     Args:
-        model: the model, a ``fastwkv.nn.RWKV4``.
-        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1, of tokens below V as for ``RWKV4.forward``.
+        model: the model, a :class:`~fastwkv.nn.RWKV4`.
+        tokens: int64 or int32 ``[B, T]``, the prompts, T at least 1, of tokens below V as for :meth:`RWKV4.forward`.
         max_new_tokens: the number of tokens to yield, 0 or more.
         temperature: the temperature of the sampling, 0 or more.
         top_p: the probability that the tokens to sample from reach together, above 0 and at most 1. With temperature 0
@@ -56,7 +56,7 @@ def generate(
             generation goes on without, and a warning tells the reason. With True a graph that cannot be is an error.
 
     Returns:
-        An iterator over int64 ``[B]``, one new token of every sequence, that also has the state: ``Generation``.
+        An iterator over int64 ``[B]``, one new token of every sequence, that also has the state: :class:`Generation`.
 
     Raises:
         TypeError: an argument is of another type.
@@ -97,7 +97,7 @@ def generate(
 
 
 class Generation(Iterator[Tensor]):
-    """New tokens as they become known, int64 ``[B]`` each: the result of ``generate``."""
+    """New tokens as they become known, int64 ``[B]`` each: the result of :func:`generate`."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Generation(Iterator[Tensor]):
     def state(self) -> RWKV4State | None:
         """The state of the model after all tokens but the latest; before the first token, the initial state.
 
-        To continue, hand it to ``generate`` with the latest token as the prompt.
+        To continue, hand it to :func:`generate` with the latest token as the prompt.
         """
         state = self._first_state if self._step is None else self._step.state
         return None if state is None else state.clone()
@@ -196,7 +196,7 @@ class _Step:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Sample tokens ``[B]`` from logits ``[B, V]``, as ``generate`` describes."""
+    """Sample tokens ``[B]`` from logits ``[B, V]``, as :func:`generate` describes."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()

@@ -149,7 +149,7 @@ class LRU(nn.Module):
                 zero if None.
             return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                ``fastwkv.linear_scan``; states are then ``[S, N]``.
+                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
 
         Returns:
             y ``[B, T, H]`` of the dtype of u; with ``return_state`` also the state.
@@ -180,14 +180,14 @@ class LRU(nn.Module):
 
         Args:
             u_t: the token, ``[B, H]``.
-            state: h before it, as for ``forward``.
+            state: h before it, as for :meth:`forward`.
 
         Returns:
             y_t ``[B, H]`` of the dtype of u_t, and the state after it.
 
         Raises:
-            TypeError: as for ``forward``.
-            ValueError: as for ``forward``.
+            TypeError: as for :meth:`forward`.
+            ValueError: as for :meth:`forward`.
 
         """
         check_tokens("B H", self.hidden, u_t=u_t)

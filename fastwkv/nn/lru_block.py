@@ -23,19 +23,19 @@ class LRUBlock(nn.Module):
         y = x + drop(GLU(drop(gelu(LRU(norm(x))))))
 
     with ``GLU(z) = a ⊙ σ(b)``, where a and b are the halves of one linear map of z. Calls, states, steps and dtypes are
-    those of ``LRU``: if the dtypes of x and of the parameters differ, the wider of both is that of the computation.
-    With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all sequences in training, so
-    that only in ``eval()`` a token depends on nothing but the tokens before it.
+    those of :class:`LRU`: if the dtypes of x and of the parameters differ, the wider of both is that of the
+    computation. With ``norm="batch"`` the mean and variance of a channel are taken over all tokens of all sequences in
+    training, so that only in ``eval()`` a token depends on nothing but the tokens before it.
 
     Args:
         hidden: H, the channels of x and y.
         state: N, the channels of the state.
-        r_min: as for ``LRU``.
-        r_max: as for ``LRU``.
-        max_phase: as for ``LRU``.
+        r_min: as for :class:`LRU`.
+        r_max: as for :class:`LRU`.
+        max_phase: as for :class:`LRU`.
         dropout: the probability of both dropouts.
         norm: "batch", as in the paper, or "layer".
-        bidirectional: as for ``LRU``.
+        bidirectional: as for :class:`LRU`.
 
     Source: arXiv 2303.06349, figure 1 and its appendix on the experiments.
 
@@ -94,7 +94,7 @@ class LRUBlock(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole sequences; arguments, results and errors are those of ``LRU.forward``."""
+        """Run over whole sequences; arguments, results and errors are those of :meth:`LRU.forward`."""
         check_bool(return_state=return_state)
         check_tokens("B T H", self.lru.hidden, x=x)
         u = in_wider_dtype(self.norm, x.flatten(0, 1)).view(x.shape)  # BatchNorm1d looks for channels there
@@ -107,7 +107,7 @@ class LRUBlock(nn.Module):
         __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take one token; arguments, results and errors are those of ``LRU.step``."""
+        """Take one token; arguments, results and errors are those of :meth:`LRU.step`."""
         check_tokens("B H", self.lru.hidden, x_t=x_t)
         y, state = self.lru.step(in_wider_dtype(self.norm, x_t), state)
         return self._residual(x_t, y), state

@@ -26,9 +26,9 @@ class MinGRU(nn.Module):
     everything keeps its digits. With ``positive``, h̃_t = g(W_h x_t), where ``g(v) = v + 1/2`` for v >= 0 and σ(v)
     below, as in the paper's log-space form: then h is an average of positive numbers.
 
-    Calls, states and steps are those of ``LRU``; the state is h itself, and zero at the start. Gates and the recurrence
-    are float32 in 16-bit models and under autocast too; the two products with W are rounded to 16 bits before. The
-    initial weights are those of ``torch.nn.Linear``.
+    Calls, states and steps are those of :class:`LRU`; the state is h itself, and zero at the start. Gates and the
+    recurrence are float32 in 16-bit models and under autocast too; the two products with W are rounded to 16 bits
+    before. The initial weights are those of :class:`torch.nn.Linear`.
 
     Args:
         hidden: H, the channels of x.
@@ -89,7 +89,7 @@ class MinGRU(nn.Module):
                 if None.
             return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                ``fastwkv.linear_scan``; states are then ``[S, N]``.
+                :func:`fastwkv.linear_scan`; states are then ``[S, N]``.
 
         Returns:
             h ``[B, T, N]`` of the dtype of x; with ``return_state`` also the state.
@@ -115,14 +115,14 @@ class MinGRU(nn.Module):
 
         Args:
             x_t: the token, ``[B, H]``.
-            state: h before it, as for ``forward``.
+            state: h before it, as for :meth:`forward`.
 
         Returns:
             h_t ``[B, N]`` of the dtype of x_t, and the state after it.
 
         Raises:
-            TypeError: as for ``forward``.
-            ValueError: as for ``forward``.
+            TypeError: as for :meth:`forward`.
+            ValueError: as for :meth:`forward`.
 
         """
         check_tokens("B H", self.hidden, x_t=x_t)

@@ -14,13 +14,13 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Divide the parameters of a model into groups for AdamW by the role of each, wherever it is in the model.
 
-    | parameters                                                          | learning rate   | weight decay     |
-    |---------------------------------------------------------------------|-----------------|------------------|
-    | ν, θ, γ, B of ``LRU``; Δ, A, B of ``S4D``                           | ``lr * factor`` | none             |
-    | time_decay of ``RWKV4``                                             | ``lr * 2``      | none             |
-    | time_first of ``RWKV4``                                             | ``lr * 3``      | none             |
-    | others of fewer than two dimensions (biases, norms, D, Λ, mixes)    | ``lr``          | none             |
-    | all others                                                          | ``lr``          | ``weight_decay`` |
+    | parameters                                                         | learning rate   | weight decay     |
+    |--------------------------------------------------------------------|-----------------|------------------|
+    | ν, θ, γ, B of :class:`LRU`; Δ, A, B of :class:`S4D`                | ``lr * factor`` | none             |
+    | time_decay of :class:`RWKV4`                                       | ``lr * 2``      | none             |
+    | time_first of :class:`RWKV4`                                       | ``lr * 3``      | none             |
+    | others of fewer than two dimensions: biases, norms, D, Λ, mixes    | ``lr``          | none             |
+    | all others                                                         | ``lr``          | ``weight_decay`` |
 
     Use it as ``torch.optim.AdamW(param_groups(model, 1e-3))``. RWKV-4 was trained with ``weight_decay=0``. PyTorch's
     schedules multiply rates; a schedule that sets them sets each to ``group["lr_scale"]`` times the one for ``lr``.

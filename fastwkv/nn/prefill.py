@@ -20,9 +20,9 @@ def piece_length(batch: int) -> int:
 def read(model: RWKV4, tokens: Tensor, state: RWKV4State | None) -> tuple[Tensor, RWKV4State]:
     """Read sequences, int64 or int32 ``[B, T]``, piece by piece, and carry the state from piece to piece.
 
-    The memory beside the tokens does not grow with T. A sequence of one piece gives the bits of ``RWKV4.features``. A
-    longer one gives the same numbers up to rounding: matrix products of other sizes may be summed in another order, and
-    so may WKV's sums over time.
+    The memory beside the tokens does not grow with T. A sequence of one piece gives the bits of :meth:`RWKV4.features`.
+    A longer one gives the same numbers up to rounding: matrix products of other sizes may be summed in another order,
+    and so may WKV's sums over time.
 
     Returns:
         The features ``[B, D]`` of the last token of every sequence, and the state after it.

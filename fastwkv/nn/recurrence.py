@@ -1,4 +1,4 @@
-"""The checks, dtypes and bounds that the layers over ``fastwkv.linear_scan`` share."""
+"""The checks, dtypes and bounds that the layers over :func:`fastwkv.linear_scan` share."""
 
 from itertools import chain
 

@@ -32,8 +32,8 @@ class RGLRU(nn.Module):
 
     (The paper writes a = σ(Λ), but its appendix A and the published weights have log a = -softplus(Λ), so a = σ(-Λ).)
 
-    Calls, states and steps are those of ``LRU``; the state is h itself. Gates, log a and the recurrence are float32 in
-    16-bit models and under autocast too; the two products with W are rounded to 16 bits before.
+    Calls, states and steps are those of :class:`LRU`; the state is h itself. Gates, log a and the recurrence are
+    float32 in 16-bit models and under autocast too; the two products with W are rounded to 16 bits before.
 
     At the start of training, a_t for r_t = 1, which is a^8, is uniform on ``[a_min, a_max]``, W is N(0, heads/H) and b
     is 0.
@@ -124,7 +124,7 @@ class RGLRU(nn.Module):
                 None, every sequence starts a segment.
             return_state: whether to return h after the last token too.
             cu_seqlens: int32 or int64 ``[S + 1]``, for S sequences packed into a batch of one as for
-                ``fastwkv.linear_scan``; states are then ``[S, H]``.
+                :func:`fastwkv.linear_scan`; states are then ``[S, H]``.
             segment_starts: bool ``[B, T]``, True at further tokens that start a segment: a finite state before them
                 is forgotten.
 
@@ -160,15 +160,15 @@ class RGLRU(nn.Module):
 
         Args:
             x_t: the token, ``[B, H]``.
-            state: h before it, as for ``forward``.
-            segment_starts: bool ``[B]``, as for ``forward``.
+            state: h before it, as for :meth:`forward`.
+            segment_starts: bool ``[B]``, as for :meth:`forward`.
 
         Returns:
             h_t ``[B, H]`` of the dtype of x_t, and the state after it.
 
         Raises:
-            TypeError: as for ``forward``.
-            ValueError: as for ``forward``.
+            TypeError: as for :meth:`forward`.
+            ValueError: as for :meth:`forward`.
 
         """
         check_tokens("B H", self.hidden, x_t=x_t)

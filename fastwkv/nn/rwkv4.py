@@ -37,7 +37,7 @@ class RWKV4(nn.Module):
     intermediate tensors: the same gradients and less memory, for the time of another forward pass. If
     ``config.rescale_every`` is not 0, the model must not change between training and inference mode from the forward to
     the backward pass. Under ``torch.device("meta")`` the model is built without memory; follow
-    ``model.to_empty(device=...)`` by ``reset_parameters`` or by loading weights.
+    ``model.to_empty(device=...)`` by :meth:`reset_parameters` or by loading weights.
 
     Args:
         config: the sizes, for example ``RWKV4Config.preset("169m")``.
@@ -80,7 +80,7 @@ class RWKV4(nn.Module):
         device: torch.device | str = "cpu",
         checksums: bool = True,
     ) -> "RWKV4":
-        """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of ``save_pretrained``.
+        """Load a checkpoint: a ``.pth`` of BlinkDL's, a folder of Hugging Face's, or one of :meth:`save_pretrained`.
 
         The model is in inference mode, ``model.eval()``, as the models of transformers are.
 
@@ -119,7 +119,7 @@ class RWKV4(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path, format: str = "fastwkv") -> None:
-        """Write the parameters, bit for bit, in one of three formats; ``from_pretrained`` reads each.
+        """Write the parameters, bit for bit, in one of three formats; :meth:`from_pretrained` reads each.
 
         Each file is replaced whole or not at all.
 
@@ -151,7 +151,7 @@ class RWKV4(nn.Module):
             tokens: int64 or int32 ``[B, T]``, each at least 0 and below V. Tokens out of range are an error on a CPU;
                 on a GPU, and under ``torch.compile``, they are left to PyTorch, since reading them would wait for the
                 device.
-            state: the state that ``forward`` returned for the tokens before; empty if None.
+            state: the state that :meth:`forward` returned for the tokens before; empty if None.
             cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
                 tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1`` and is independent of the others. Fields of the
                 states are ``[L, N, D]`` then.
@@ -173,7 +173,7 @@ class RWKV4(nn.Module):
     def features(
         self, tokens: Tensor, state: RWKV4State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RWKV4State]:
-        """Return ``forward`` without the head, ``[B, T, D]``, and the state: few of the T logits may be needed."""
+        """Return :meth:`forward` without the head, ``[B, T, D]``, and the state: few of the T logits may be needed."""
         self.check_inputs(tokens, state, cu_seqlens)
         if state is None:
             state = self.empty_state(tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
@@ -184,10 +184,10 @@ class RWKV4(nn.Module):
     def step_(self, tokens: Tensor, state: RWKV4State) -> Tensor:
         """Read one token of every sequence, ``[B]``: return its features ``[B, D]`` and change ``state`` in place.
 
-        It is for loops in which ``features`` is too slow, and for CUDA graphs: the state keeps its place in memory.
-        Only tokens on a CPU are checked, as in ``forward``, and nothing can be differentiated. On a GPU a block starts
-        half as many kernels as in ``features``, if its modules are as they were built and have no hooks; rounding
-        errors may differ.
+        It is for loops in which :meth:`features` is too slow, and for CUDA graphs: the state keeps its place in memory.
+        Only tokens on a CPU are checked, as in :meth:`forward`, and nothing can be differentiated. On a GPU a block
+        starts half as many kernels as in :meth:`features`, if its modules are as they were built and have no hooks;
+        rounding errors may differ.
         """
         with torch.no_grad():
             if type(self) is RWKV4 and rwkv4_step.stands_for(self, tokens, state):
@@ -227,7 +227,7 @@ class RWKV4(nn.Module):
             raise ValueError(f"tokens must be at least 0 and below V = {V}, got {int(tokens[outside][0])}")
 
     def check_inputs(self, tokens: Tensor, state: RWKV4State | None = None, cu_seqlens: Tensor | None = None) -> None:
-        """Raise the errors of ``forward`` without running it, but for tokens outside the vocabulary."""
+        """Raise the errors of :meth:`forward` without running it, but for tokens outside the vocabulary."""
         check_dense(tokens=tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")

@@ -5,8 +5,8 @@ code that trained the published models; where the paper's appendix differs from 
 
 Every layer takes either sequences, ``[B, T, D]``, and works on all their tokens in parallel, or one token of each,
 ``[B, D]``, and takes a step. Both give the same numbers and carry the same state. Several sequences can be packed one
-after the other into a batch of one, ``[1, T, D]`` with ``cu_seqlens`` as in ``fastwkv.wkv``; a state then has a row for
-each.
+after the other into a batch of one, ``[1, T, D]`` with ``cu_seqlens`` as in :func:`fastwkv.wkv`; a state then has a row
+for each.
 """
 
 import math

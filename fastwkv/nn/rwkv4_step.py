@@ -53,10 +53,10 @@ class Model(Protocol):
 
 
 def stands_for(model: Model, tokens: Tensor, state: RWKV4State) -> bool:
-    """Return whether ``run`` may stand for the blocks of ``model``: on a GPU, and as they were built.
+    """Return whether :func:`run` may stand for the blocks of ``model``: on a GPU, and as they were built.
 
-    ``run`` calls no hooks, and no module or parameter that adapters, quantisation or parametrisations have put in the
-    place of another. It ignores autocast. Arguments that the blocks refuse are left to them. On a CPU, where matrix
+    :func:`run` calls no hooks, and no module or parameter that adapters, quantisation or parametrisations have put in
+    the place of another. It ignores autocast. Arguments that the blocks refuse are left to them. On a CPU, where matrix
     products take nearly all of the time, the blocks are as fast.
 
     It is called before every token and remembers nothing: a module announces no change, so that a change between two

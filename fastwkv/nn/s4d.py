@@ -33,7 +33,7 @@ class S4D(nn.Module):
         y_t = 2 Re Σ_n C_n h_{t,n} + D u_t
 
     For all values of the parameters |Ā| < 1: Δ exp(log_A_real) counts as at least 4 units of rounding. Ā - 1 is
-    computed without cancellation. Calls, states, steps and dtypes are those of ``LRU``. The recurrence has H·N/2
+    computed without cancellation. Calls, states, steps and dtypes are those of :class:`LRU`. The recurrence has H·N/2
     complex channels: states are ``[B, H * N // 2]``, and h takes N times the memory of u in float32.
 
     At the start of training, A is the same for every channel, Δ is log-uniform on ``[dt_min, dt_max]``, B is 1, the
@@ -123,7 +123,7 @@ class S4D(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run over whole sequences ``[B, T, H]``; arguments, results and errors are those of ``LRU.forward``."""
+        """Run over whole sequences ``[B, T, H]``; arguments, results and errors are those of :meth:`LRU.forward`."""
         check_bool(return_state=return_state)
         check_tokens("B T H", self.hidden, u=u)
         self._check_state(state, u, cu_seqlens)
@@ -136,7 +136,7 @@ class S4D(nn.Module):
         __call__ = forward  # nn.Module's takes anything and returns Any
 
     def step(self, u_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Take one token ``[B, H]``; arguments, results and errors are those of ``LRU.step``."""
+        """Take one token ``[B, H]``; arguments, results and errors are those of :meth:`LRU.step`."""
         check_tokens("B H", self.hidden, u_t=u_t)
         self._check_state(state, u_t)
         a, x = self._discretised(u_t)

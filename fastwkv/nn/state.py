@@ -51,7 +51,7 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> "RWKV4State":
-        """Return the state of these tensors: the inverse of ``tensors``.
+        """Return the state of these tensors: the inverse of :meth:`tensors`.
 
         Raises:
             KeyError: a tensor is missing.
@@ -66,7 +66,7 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> "RWKV4State":
-        """Read a file that ``save`` or ``fastwkv generate --save-state`` has written, in any process.
+        """Read a file that :meth:`save` or ``fastwkv generate --save-state`` has written, in any process.
 
         Raises:
             OSError: the file cannot be opened.
@@ -91,7 +91,7 @@ class RWKV4State(NamedTuple):
 
     @staticmethod
     def stack(states: list["RWKV4State"], out: "RWKV4State | None" = None) -> "RWKV4State":
-        """Join the states of all blocks, in the memory of ``out`` if it is given: the inverse of ``unbind``."""
+        """Join the states of all blocks, in the memory of ``out`` if it is given: the inverse of :meth:`unbind`."""
         att_x, ffn_x, wkv = zip(*states, strict=True)
         parts = (att_x, ffn_x, *zip(*wkv, strict=True))
         if out is not None:

@@ -101,7 +101,7 @@ def linear_scan(
             the first).
         cu_seqlens: int32 or int64 ``[N + 1]``, for N sequences packed into a batch of one: sequence n holds the
             tokens ``cu_seqlens[n] ... cu_seqlens[n + 1] - 1``. A sequence may be empty, and then its final state is its
-            initial state. The checks of offsets, and the results at tokens of no sequence, are those of ``wkv``.
+            initial state. The checks of offsets, and the results at tokens of no sequence, are those of :func:`wkv`.
 
     a and x may each be float32, float64, bfloat16, float16, complex64 or complex128. An ``a`` near 1 needs float32,
     beside an x of 16 bits too.
@@ -137,20 +137,20 @@ def linear_scan(
 def linear_scan_step(
     a_t: Tensor | None = None, x_t: Tensor = required, state: Tensor = required, *, log_a: Tensor | None = None
 ) -> Tensor:
-    """One token of ``linear_scan``: ``h_t = a_t h_{t-1} + x_t``.
+    """One token of :func:`linear_scan`: ``h_t = a_t h_{t-1} + x_t``.
 
     Args:
         a_t: the decay at this token, ``[C]`` or ``[B, C]``. None, or left out, if ``log_a`` is given.
         x_t: the input, ``[B, C]``, or pairs ``[B, C, 2]``.
-        state: h_{t-1}, ``[B, C]``, of the dtype of ``linear_scan``'s states.
+        state: h_{t-1}, ``[B, C]``, of the dtype of :func:`linear_scan`'s states.
         log_a: the logarithm of the decay, ``a_t = exp(log_a)``, ``[C]`` or ``[B, C]``.
 
     Returns:
         h_t ``[B, C]``, the next state, of the dtype of the state: it does not round to 16 bits.
 
     Raises:
-        TypeError: as for ``linear_scan``.
-        ValueError: as for ``linear_scan``.
+        TypeError: as for :func:`linear_scan`.
+        ValueError: as for :func:`linear_scan`.
 
     """
     if log_a is None and _are_alike(a_t, x_t, state):

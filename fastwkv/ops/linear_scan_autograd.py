@@ -20,7 +20,7 @@ from fastwkv.ops.vmap import CHANNELS, ROWS, TOKENS, WHOLE, Axes, plain, takes_b
 def scan(
     a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, log: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return h and the final state, as ``fastwkv.linear_scan``; with ``log``, ``a`` is log a."""
+    """Return h and the final state, as :func:`fastwkv.linear_scan`; with ``log``, ``a`` is log a."""
     state_dtype = scan_dtypes(a, x)[1]
     pairs, T, x_dtype = x.dim() == 4, x.shape[1], x.dtype
     if state_dtype.is_complex:

@@ -27,7 +27,7 @@ def scan_between_products(
         into: W_in, ``[2 N, H]``; rows 2 n and 2 n + 1 are the real and the imaginary part of x_n.
         a: complex ``[N]``, of complex64 or wider.
         out: W_out, ``[M, 2 N]``, of the dtype of ``into``.
-        initial: h before the first token, as for ``fastwkv.linear_scan``.
+        initial: h before the first token, as for :func:`fastwkv.linear_scan`.
         cu_seqlens: the offsets of packed sequences, likewise.
 
     Returns:

@@ -108,7 +108,7 @@ def wkv(
     Each of w (or time_decay), u and k with v may be float32, float64, bfloat16 or float16.
 
     Returns:
-        y ``[B, T, C]`` of the dtype of v; with ``return_state`` also the final ``WKVState``.
+        y ``[B, T, C]`` of the dtype of v; with ``return_state`` also the final :class:`WKVState`.
 
     Raises:
         TypeError: an argument is not a dense tensor of a dtype that is listed here, or not a bool; or not exactly one
@@ -161,22 +161,22 @@ def wkv_step(
     *,
     time_decay: Tensor | None = None,
 ) -> tuple[Tensor, WKVState]:
-    """One token of ``wkv``: the same numbers, for sequences that arrive a token at a time.
+    """One token of :func:`wkv`: the same numbers, for sequences that arrive a token at a time.
 
     Args:
-        w: the decay rate, ``[C]``, as in ``wkv``.
+        w: the decay rate, ``[C]``, as in :func:`wkv`.
         u: the bonus of the current token, ``[C]``.
         k_t: the key of this token, ``[B, C]``.
         v_t: the value of this token, ``[B, C]``, of the dtype of k_t.
         state: the state before this token, each field ``[B, C]``.
-        time_decay: the logarithm of w, ``[C]``, in its place, as in ``wkv``.
+        time_decay: the logarithm of w, ``[C]``, in its place, as in :func:`wkv`.
 
     Returns:
         y_t ``[B, C]`` of the dtype of v_t, and the state after this token.
 
     Raises:
-        TypeError: as for ``wkv``.
-        ValueError: as for ``wkv``.
+        TypeError: as for :func:`wkv`.
+        ValueError: as for :func:`wkv`.
 
     """
     w = _one_of(w, time_decay)

@@ -33,7 +33,7 @@ def run(folder, *arguments):
 def test_program_holds_the_bounds_and_calls_peers_as_they_expect(tmp_path):
     # Run as users do: the interpreter is asked for when Triton is imported. A log decay taken for a rate, or a state
     # in the wrong order, would show as an error of order 1.
-    arguments = ["--tokens", "40", "--long", "1030", "--channels", "3", "--out", str(tmp_path)]
+    arguments = ["--tokens", "16", "--long", "1030", "--channels", "3", "--out", str(tmp_path)]
     done = run_script("accuracy.py", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -42,7 +42,7 @@ def test_program_holds_the_bounds_and_calls_peers_as_they_expect(tmp_path):
     rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
     for op, operator in OPERATORS.items():
         here = [row for row in rows if row["op"] == op]
-        plan = [("ordinary", 40), ("adversarial", 40), ("adversarial", 1030)]
+        plan = [("ordinary", 16), ("adversarial", 16), ("adversarial", 1030)]
         wanted = {(kind, dtype, T) for kind, T in plan for dtype in operator.accuracy_dtypes}
         assert {(row["inputs"], row["dtype"], row["T"]) for row in here} == wanted
         quick = {row["provider"] for row in here if row["T"] == 1030}

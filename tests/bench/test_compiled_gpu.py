@@ -1,4 +1,4 @@
-"""What is said of instructions: the warps that fit, the units they take, the clocks that a warp needs for them."""
+"""The costs of instructions: the warps that fit, the units they take, the clocks that a warp needs for them."""
 
 import subprocess
 import sys

@@ -1,5 +1,6 @@
-"""The command for a short time on a GPU, rehearsed: its own programs, with a wrong result and a step that hangs."""
+"""The commands for a short time on a GPU, rehearsed: their own programs, with a wrong result and a step that hangs."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -12,62 +13,71 @@ import gpu
 import pytest
 import torch
 from bench_scripts import ROOT, assert_refused
-from common import about
-from piece import commands, machine, memcheck, plan, processes, profile
-from ready import kernel_cache
+from common import about, light
+from gpu_minutes import commands, machine, plan, profile, step
+from precompiled import kernel_cache
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels, which a GPU compiles")
 
 
+def rehearsed(folder: Path, *options: str) -> tuple[int, str, list[dict[str, Any]]]:
+    """Return the exit status of a rehearsal, what it printed, and its rows."""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *options, "--rehearse", "--budget", "800"]
+    done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, cwd=folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return done.returncode, done.stdout, rows
+
+
+def statuses(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    return {(row["step"], row["name"]): row["status"] for row in rows if row["what"] == "command"}
+
+
 @without_gpu
-def test_rehearsal_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp_path: Path) -> None:
-    options = ["--steps", "machine,correctness,profile", "--groups", "rwkv4_step,steps", "--budget", "800"]
-    injected = ["--wrong", "rwkv4_step", "--hang", "profile"]
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "first", "--rehearse", "--out", str(tmp_path)]
-    done = subprocess.run([*command, *options, *injected], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    cases: dict[str, list[dict[str, Any]]] = {"rwkv4_step": [], "steps": []}
-    for row in rows:
-        if row["what"] == "case":
-            cases[row["group"]].append(row)
-    assert all("error" in row for row in cases["rwkv4_step"])
-    assert not any("error" in row for row in cases["steps"])
-    ended = {row["name"]: row["status"] for row in rows if row["what"] == "command" and row["step"] != "correctness"}
-    assert ended == {"machine": "passed", "rwkv4_step": "passed", "profile": "out of time"}  # the second under memcheck
+def test_first_command_finds_the_wrong_result_ends_what_hangs_and_prints_a_table(tmp_path: Path) -> None:
+    steps = ("--steps", "machine,correctness,headline,generation,profile", "--groups", "rwkv4_step,steps")
+    status, printed, rows = rehearsed(tmp_path, "first", *steps, "--wrong", "rwkv4_step", "--hang", "profile")
+    assert status == 1
+    wrong = {(row["group"], "error" in row) for row in rows if row["what"] == "case"}
+    assert wrong == {("rwkv4_step", True), ("steps", False)}
+    assert statuses(rows) == {
+        ("machine", "machine"): "passed",
+        ("correctness", "rwkv4_step"): "failed",
+        ("correctness", "steps"): "passed",
+        ("memcheck", "rwkv4_step"): "passed",
+        ("headline", "headline"): "passed",
+        ("generation", "generation"): "passed",
+        ("profile", "profile"): "out of time",
+    }
     assert {row["group"] for row in rows if row["what"] == "memcheck"} == {"rwkv4_step"}
+    kinds = {step: {row["what"] for row in rows if row["step"] == step} for step in ("headline", "generation")}
+    assert kinds["headline"] == {"copy", "bandwidth", "command", "step"}
+    assert kinds["generation"] == {"model", "token", "trace", "kernel", "command", "step"}
+    assert not [row for row in rows if "error" in row and row["step"] in kinds]
     table = (tmp_path / "table.txt").read_text()
-    assert done.stdout.rstrip().endswith(table[table.index("A REHEARSAL") :].rstrip())
+    assert printed.rstrip().endswith(table[table.index("A REHEARSAL") :].rstrip())
     assert "correctness rwkv4_step norm_mix bfloat16 3x65: " in table
     assert len(list(tmp_path.iterdir())) <= 8
 
 
 @without_gpu
-@pytest.mark.parametrize("program", ["headline", "generation", "profile", "peers", "gen_time_rows"])
-def test_steps_are_rehearsed_by_their_own_programs(program: str, tmp_path: Path) -> None:
-    out = ["--out", str(tmp_path)] if program in ("peers", "gen_time_rows") else []
-    command = [sys.executable, "-m", f"piece.{program}", "--rehearse", *out]
-    environment = processes.environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    kinds = {
-        "headline": {"copy", "bandwidth"},
-        "generation": {"model", "token", "trace", "kernel"},
-        "profile": set(),
-        "peers": {"copy", "peer"},
-        "gen_time_rows": {"series"},
-    }
-    assert {row["what"] for row in rows} == kinds[program]
-    assert not any("error" in row for row in rows)
+def test_second_command_measures_peers_and_generation(tmp_path: Path) -> None:
+    status, printed, rows = rehearsed(tmp_path, "second", "--steps", "peers,gen_time")
+    assert status == 0, printed
+    assert statuses(rows) == {("peers", "peers"): "passed", ("gen_time", "gen_time"): "passed"}
+    assert {"peer", "series"} <= {row["what"] for row in rows}
+    assert {"ops.json", "gen_time.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_every_command_of_a_plan_exists() -> None:
-    for steps in (plan.first(), plan.second()):
-        for one in (command for step in steps for command in step.commands):
-            if one.arguments[0] == "-m":
-                assert (ROOT / "bench" / "piece" / f"{one.arguments[1].removeprefix('piece.')}.py").is_file()
-            assert not any(re.search(r"\{\w+\}", argument) for argument in one.filled(5.0, "out"))
+    for one in (command for make in plan.PLANS.values() for each in make() for command in each.commands):
+        if one.arguments[0] == "-m":
+            assert (ROOT / "bench" / f"{one.arguments[1].replace('.', '/')}.py").is_file()
+        else:
+            assert (ROOT / one.arguments[0]).is_file()
+        if one.arguments[:2] == ("-m", "gpu_minutes.step"):
+            assert one.arguments[2] in step.STEPS
+            assert (ROOT / "bench" / "gpu_minutes" / f"{one.arguments[2]}.py").is_file()
+        assert not any(re.search(r"\{\w+\}", argument) for argument in one.filled(5.0, "out"))
 
 
 def test_commit_is_told_where_there_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,18 +95,10 @@ def test_commit_is_told_where_there_is_no_history(tmp_path: Path, monkeypatch: p
 
 
 def test_table_is_printed_once_more(tmp_path: Path, capsys: Any) -> None:
-    row = {
-        "step": "run",
-        "at": 0.1,
-        "what": "begun",
-        "command": "second",
-        "budget": 380.0,
-        "commit": "123",
-        "code": "4",
-    }
+    row = {"step": "run", "at": 0.1, "what": "begun", "command": "second", "budget": 380.0, "commit": "1", "code": "4"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + '\n{"what": "cut o')
     assert gpu.main(["table", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("gpu.py second: 0 s of 380, commit 123, code 4\n\nNOTHING FAILED")
+    assert capsys.readouterr().out.startswith("gpu.py second: 0 s of 380, commit 1, code 4\n\nNOTHING FAILED")
 
 
 def test_bad_command_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -127,53 +129,37 @@ def test_what_ncu_prints_becomes_a_row_a_kernel() -> None:
     assert list(profile.figures("==ERROR== ERR_NVGPUCTRPERM")) == []
 
 
-def test_what_the_sanitizer_finds_becomes_rows(capsys: Any) -> None:
-    said = ["case T=1 C=3", "========= Invalid __global__ read of size 4 bytes", "========= ERROR SUMMARY: 1 error"]
-    code = f"import sys; print({chr(10).join(said)!r}); sys.exit(1)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert memcheck.report("wkv-float32", process) == 1
-    first, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (first["case"], first["error"]) == ("T=1 C=3", "Invalid __global__ read of size 4 bytes")
-    assert (last["errors"], last["last"]) == (1, "T=1 C=3")
-
-
 def test_kernels_for_another_machine_are_no_failure_of_a_rehearsal(tmp_path: Path, monkeypatch: Any) -> None:
-    fit = kernel_cache.Fit(reasons=("made with Triton 3.6.0, here is 3.9.0",))
-    monkeypatch.setattr(kernel_cache, "unpack", lambda *_: fit)
+    assert machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)["kernels"] == 0
+    why = "made with Triton 3.6.0, here is 3.9.0"
+    monkeypatch.setattr(kernel_cache, "unpack", lambda *_: kernel_cache.Fit(reasons=(why,)))
     (tmp_path / "cache.tar.xz").touch()
-    row = machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)
-    assert row["error"] == "made with Triton 3.6.0, here is 3.9.0"
+    assert machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)["error"] == why
     row = machine.unpacked(tmp_path / "cache.tar.xz", tmp_path, rehearse=True)
     assert "error" not in row
-    assert row["notes"] == ["made with Triton 3.6.0, here is 3.9.0"]
+    assert row["notes"] == [why]
 
 
-def test_missing_tools_and_cache_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(profile.shutil, "which", lambda *_, **__: None)
-    assert profile.main([]) == memcheck.main(["steps"]) == 77
-    assert [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()] == [
-        "there is no ncu",
-        "there is no such tool",
-    ]
-    assert machine.unpacked(tmp_path / "cache.tar.xz", tmp_path)["kernels"] == 0
-    assert machine.main([]) == 1
+def test_missing_tools_and_gpu_are_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(light.shutil, "which", lambda *_, **__: None)
+    assert step.main(["profile"]) == light.NOT_AVAILABLE
+    assert json.loads(capsys.readouterr().out)["reason"] == "there is no ncu"
+    assert machine.run(argparse.Namespace(rehearse=False)) == 1
     assert "there is no GPU here" in capsys.readouterr().out
 
 
+@without_gpu
 def test_first_call_that_compiles_is_no_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    from piece import clocks, headline, host_clock
+    from gpu_minutes import headline
+    from launch_shapes.device import Rehearsal
 
     calls: list[float] = []
 
-    class Slow(host_clock.Immediate):
+    class Slow(Rehearsal):
         def now(self) -> float:  # the first call takes ten seconds more, of whose clock this is the fourth reading
             calls.append(time.perf_counter())
             return calls[-1] + 10.0 * (len(calls) > 3)
 
     slow = headline.Effort(repeats=1, seconds=0.0, turn=1e-3, once=0.25, most=1)
-    good = headline.measure(headline.cases(True)[1], Slow(), 1.0, slow, clocks.Clocks())
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert good
-    assert [row["times"] > 0 for row in found] == [True, True]
+    assert headline.measure(headline.cases(True)[1], Slow(), 1.0, slow, machine.Clocks())
+    assert [json.loads(line)["times"] > 0 for line in capsys.readouterr().out.splitlines()] == [True, True]

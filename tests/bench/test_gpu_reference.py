@@ -1,10 +1,10 @@
-"""What a short time on a GPU compares with: float64 on whole tensors, here against the definition and its gradients."""
+"""The reference of the checks on a GPU, float64 on whole tensors, against the definition and its gradients."""
 
 from typing import Any
 
 import pytest
 import torch
-from piece import reference
+from correctness import reference
 
 from fastwkv import WKVState
 from fastwkv.reference import linear_scan, wkv_loop
@@ -60,7 +60,7 @@ def test_scan_and_its_gradients_are_those_of_the_definition(
     assert_equal(*(torch.autograd.grad(outputs, leaves, cotangents) for outputs in (found, wanted)))
 
 
-def test_error_of_what_has_another_shape_is_none() -> None:
+def test_result_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"y: expected \[2\] torch.float64, got \[3\]"):
         reference.relative_errors({"y": torch.ones(3)}, {"y": torch.ones(2)})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bench_scripts import ROOT
-from piece import commands, journal, plan, runner
+from gpu_minutes import commands, journal, plan, runner
 
 IGNORES = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(\'{"what": "up"}\', flush=True); '
 
@@ -111,13 +111,14 @@ def test_plans_fit_into_their_budgets(kind: str) -> None:
     assert len({one.importance for one in steps}) == len(steps)
 
 
-def test_groups_that_fail_go_on_under_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_fail_go_on_under_the_sanitizer_and_those_out_of_time_do_not(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         plan, "memcheck", lambda names, seconds: step("memcheck", *(prints(what="seen", group=name) for name in names))
     )
-    checked = step("correctness", "exit(1)", "pass", "exit(1)", followed=True)
-    _, rows = run(tmp_path, checked)
-    assert {row["group"] for row in of(rows, "seen")} == {"correctness", "correctness2"}
+    checked = step("correctness", "import time; time.sleep(999)", "exit(1)", "pass", "exit(1)", followed=True)
+    hanging = replace(checked, commands=(replace(checked.commands[0], most=3.0), *checked.commands[1:]))
+    _, rows = run(tmp_path, hanging)
+    assert {row["group"] for row in of(rows, "seen")} == {"correctness1", "correctness3"}
 
 
 def test_background_step_runs_beside_the_others_and_ends_with_them(tmp_path: Path) -> None:
@@ -140,13 +141,16 @@ def test_background_step_runs_beside_the_others_and_ends_with_them(tmp_path: Pat
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start a run in a process of its own: a step with a figure, then one that hangs; wait until it does."""
+    steps = [step("one", prints(what="figure")), step("hangs", IGNORES + "time.sleep(999)")]
     code = f"""
 import sys, time
-sys.path[:0] = [{str(ROOT / "bench")!r}, {str(Path(__file__).parent)!r}, {str(ROOT / "tests" / "support")!r}]
-import test_gpu_runner as here
-steps = here.step("one", here.prints(what="figure")), here.step("hangs", here.IGNORES + "time.sleep(999)")
-written = here.journal.Journal(here.Path({str(folder)!r}), time.monotonic())
-sys.exit(here.runner.Run("first", steps, 300.0, written).run())
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "bench")!r})
+from gpu_minutes import journal, runner
+from gpu_minutes.plan import Command, Step
+written = journal.Journal(Path({str(folder)!r}), time.monotonic())
+inf = float("inf")
+sys.exit(runner.Run("first", {steps!r}, 300.0, written).run())
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT, text=True)
     for _ in range(3000):
@@ -222,11 +226,3 @@ def test_patient_step_gets_more_than_is_planned_for_it(tmp_path: Path) -> None:
     status, rows = run(tmp_path, slow, step("rest", "pass", seconds=115.0))
     assert status == 0
     assert of(rows, "figure")
-
-
-def test_group_out_of_time_does_not_go_on_under_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "memcheck", lambda names, seconds: step("memcheck", prints(what="seen", group=names)))
-    checked = step("correctness", "import time; time.sleep(999)", "exit(1)", seconds=8.0, followed=True)
-    hanging = replace(checked, commands=(replace(checked.commands[0], most=3.0), checked.commands[1]))
-    _, rows = run(tmp_path, hanging, step("rest", "pass", seconds=100.0), budget=112.0)
-    assert [row["group"] for row in of(rows, "seen")] == [["correctness1"]]

@@ -1,8 +1,8 @@
-"""What a person reads after a short time on a GPU: all that failed, the figures that matter, below 10 kB."""
+"""The table of a short time on a GPU: all that failed, the figures that matter, below 10 kB."""
 
 from typing import Any
 
-from piece import table
+from gpu_minutes import table
 
 
 def case(group: str, n: int, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, interrupt, run_script
+from bench_scripts import BAD_DEVICE, BAD_OPTION, ROOT, assert_help_names, bad_results, interrupt
 from torch.nn import functional as F
 
 for package in ("matplotlib", "tqdm", "transformers"):
@@ -51,7 +51,7 @@ def one_that_matters(one: Learner) -> Learner:
     return one
 
 
-@pytest.mark.parametrize(("layers", "width"), [(1, 32), (2, 64), (6, 256)])
+@pytest.mark.parametrize(("layers", "width"), [(1, 32), (3, 96)])
 def test_both_models_have_equally_many_parameters(layers: int, width: int) -> None:
     sizes = [learning_curve.parameters(models.build(name, layers, width, 64, 0)) for name in learning_curve.MODELS]
     assert sizes[0] == 2 * 256 * width + 13 * width**2 * layers + width * (11 * layers + 4)
@@ -101,13 +101,6 @@ def test_same_settings_give_the_same_losses_and_others_do_not() -> None:
     assert first[0] == rate[0]
     assert first[1:] != rate[1:]
     assert first != seed
-
-
-def test_gradient_checkpointing_gives_the_same_losses_and_bfloat16_nearly() -> None:
-    plain, saving, half = (trained(**{o: True} if o else {}).losses for o in ("", "gradient_checkpointing", "bfloat16"))
-    assert saving == plain
-    assert half != plain
-    assert half == pytest.approx(plain, rel=2e-2)
 
 
 def test_truncated_equals_plain_for_the_first_window_and_knows_more_in_the_next() -> None:
@@ -260,11 +253,10 @@ def test_what_was_missed_is_said() -> None:
     assert len(learning_curve.remarks(bits(None, 2.5))) == 4
 
 
-def test_committed_record_is_drawn_again(tmp_path: Path) -> None:
+def test_committed_record_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     committed = ROOT / "bench" / "results" / "cpu-2-cores" / "learning_curve.json"
-    done = run_script("learning_curve.py", "--redraw", str(committed), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| rwkv4       | 1.883 |        1.851 |" in done.stdout
+    assert learning_curve.main(["--redraw", str(committed), "--out", str(tmp_path)]) == 0
+    assert "| rwkv4       | 1.883 |        1.851 |" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["learning_curve.png"]
 
 

@@ -146,28 +146,6 @@ def test_call_that_waits_for_the_device_has_no_head_start():
     assert len(simulated.slept) == on_gpu.TRIES
 
 
-def test_call_that_queues_for_long_is_not_tried_with_a_head_start():
-    simulated = Simulated()
-    figures = measured(on_gpu.CudaTask(lambda _: simulated.launch(1e-6, 8e-3), CPU, cuda=simulated), EFFORT)
-    assert figures["head_start"] is False
-    assert figures["repeats"] >= EFFORT.repeats
-    assert not simulated.slept
-
-
-def test_calls_that_would_fill_the_queue_are_fewer_in_a_group():
-    simulated = Simulated()
-
-    def call(_):
-        simulated.launch(kernel=10e-6, host=1e-3)
-        simulated.queued += 1
-        if simulated.queued > on_gpu.LONG_QUEUING / 1e-3:  # the host waits
-            simulated.synchronize()
-
-    figures = measured(on_gpu.CudaTask(call, CPU, cuda=simulated), EFFORT)
-    assert figures["head_start"] is True
-    assert figures["ms"] == pytest.approx(0.01, rel=1e-6)
-
-
 def test_short_calls_are_timed_several_together_and_not_for_ever():
     simulated, calls = Simulated(), []
 

@@ -227,6 +227,7 @@ def test_bad_arguments_are_named(name: str) -> None:
             f"state must be {str(state.dtype)[6:]} .*, got {str(other)[6:]}",
         ),
         ((x, [state]), TypeError, "state must be a tensor, got list"),
+        ((x, state.to("meta")), ValueError, "state is on meta, but the input is on cpu"),
     ]:
         with pytest.raises(error, match=message):
             layer(*arguments)
@@ -240,6 +241,8 @@ def test_bad_arguments_are_named(name: str) -> None:
     for flag in ("no", 1, None, torch.tensor(True)):
         with pytest.raises(TypeError, match="return_state must be a bool, got "):
             layer(x, return_state=flag)
+    with pytest.raises(ValueError, match="cu_seqlens is on meta, but the input is on cpu"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 5], device="meta"))
     with pytest.raises(ValueError, match="a batch of one, but B = 2"):
         layer(x, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="must run from 0 to T = 5 without decreasing"):

@@ -28,9 +28,13 @@ OCCUPIED = {"other": json.dumps({"device": {"name": "another machine"}}), "broke
 
 
 def environment() -> dict[str, str]:
-    """Return that of a process in which bench/ is found and kernels can be compiled."""
+    """Return that of a process in which bench/ is found and kernels can be compiled.
+
+    Its threads would wait for those of other tests: it has one.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "bench")))}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "bench")))
+    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
 def run_script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What tests of launches ask of a process in which kernels are not interpreted: run as a program, it prints JSON.
+"""Questions of tests about launches to a process in which kernels are not interpreted; as a program, it prints JSON.
 
 Triton's own answer is taken from Triton: it returns the kernel that it started, one for each of its keys.
 """
@@ -47,7 +47,7 @@ def other_probe(a_ptr, b_ptr, c_ptr, n, m, C: tl.constexpr, FLAG: tl.constexpr =
 
 
 class Ran:
-    """What was started, by whom ever: (kernel, grid and stream, arguments)."""
+    """The last launch, whoever started it: (kernel, grid and stream, arguments)."""
 
     def __init__(self) -> None:
         self.last: Any = None

@@ -80,7 +80,7 @@ class Simulated:
 
 
 class SimulatedGpu(Simulated):
-    """Takes the place of tuning.device.Gpu. Clocks and nanoseconds that kernels count are told beforehand."""
+    """Takes the place of launch_shapes.device.Gpu. Clocks and nanoseconds that kernels count are told beforehand."""
 
     multiprocessors = 132
 
@@ -99,9 +99,6 @@ class SimulatedGpu(Simulated):
 
     def counters(self, found: torch.Tensor) -> tuple[int, int]:
         return self.counted
-
-    def clocks(self) -> dict[str, float]:
-        return {"sm_mhz": 1755.0, "memory_mhz": 2619.0, "watts": 512.0}
 
     def release(self) -> None:
         self.released += 1
