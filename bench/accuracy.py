@@ -34,8 +34,9 @@ try:
     from common import result_file
     from common.command_line import COMPLEX_DTYPES, DTYPES, Parser, add_list, positive
     from common.interpreted import interpreted_kernels, rounding_interpreter, untuned
+    from common.light import reason
     from common.program import Program
-    from peers.operator import Inputs, Operator, Shape, reason, relative_error
+    from peers.operator import Inputs, Operator, Shape, relative_error
     from peers.operators import OPERATORS
     from peers.provider import OURS, Provider, not_installed
     from torch import Tensor

@@ -161,16 +161,15 @@ def _linear_scan_bwd_kernel(
             (gates, ghs, befores), state, initial_ptr, gfinal_ptr, ginitial_ptr, edge_ptr, ga_ptr, gx_ptr,
             (offset + tile, in_tile), (batch, t, end, edges), (c, in_c), C, FIXED, LOG, EXACT, False,
         )  # fmt: skip
-    q = rounded_sum(state[0], state[1])
     if SUMMARY:
-        store(summary_ptr, chunk_id * C + c, q, in_c)
+        store(summary_ptr, chunk_id * C + c, rounded_sum(state[0], state[1]), in_c)
         store(summary_ptr, (tl.num_programs(0) + chunk_id) * C + c, rounded_sum(state[2], state[3]), in_c)
     else:
         if FIXED:
             store(ga_ptr, chunk_id * C + c, state[4], in_c)
         if (ginitial_ptr is not None) and (edge_ptr is None):
             if begin == 0:
-                store(ginitial_ptr, batch * C + c, q, in_c)
+                store(ginitial_ptr, batch * C + c, rounded_sum(state[0], state[1]), in_c)
 
 
 def linear_scan_bwd(

@@ -17,9 +17,9 @@ class Complex64LRU(LRU):
 
     def forward(self, u: Tensor) -> Tensor:
         """Run over whole sequences, from an empty state."""
-        h = linear_scan(self._multiplier(u), torch.view_as_complex(self._project(u).float()))
-        out = torch.stack((self.C_re, -self.C_im), 2).flatten(1)
-        y = F.linear(torch.view_as_real(h).flatten(-2).to(u.dtype), out.to(u.dtype))
+        x = F.linear(u, self._into(u.dtype, torch.float32)).unflatten(-1, (-1, 2))
+        h = linear_scan(self._decay(torch.float32), torch.view_as_complex(x.float()))
+        y = F.linear(torch.view_as_real(h).flatten(-2).to(u.dtype), self._out(u.dtype))
         return torch.addcmul(y, self.D, u)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from common.command_line import DTYPES
+from common.light import reason
 from layer.forms import FORMS
-from peers.operator import judged, reason, relative_error
+from peers.operator import judged, relative_error
 from timing import by_turns
 from timing.by_turns import Task
 from timing.live_bytes import LiveBytes

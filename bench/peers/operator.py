@@ -199,11 +199,6 @@ def judged(errors: dict[Any, float], dtype: str) -> dict[str, Any]:
     return found | {"status": "wrong", "reason": f"error of {worst} {errors[worst]:.1e} > {WRONG[dtype]:.0e}"}
 
 
-def reason(error: Exception) -> str:
-    """Return the first line of an error, for a row."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 def draws(seed: int, device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Return two functions that draw float64 tensors of a shape: normal, and uniform on [0, 1)."""
     options = {"generator": torch.Generator(device).manual_seed(seed), "dtype": torch.float64, "device": device}

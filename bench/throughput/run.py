@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from common.light import reason
 from common.program import Program
-from peers.operator import CPU, Inputs, judged, reason
+from peers.operator import CPU, Inputs, judged
 from peers.provider import OURS, Provider
 from throughput.passes import checked_channels, cuda_task, errors, saved_bytes, task
 from throughput.plan import Case
