@@ -97,8 +97,7 @@ class Terms:
     memory: float
     units: float
     chain: float
-    latency: float
-    """At least :attr:`chain`."""
+    latency: float  # at least that of the chain
 
     @property
     def total(self) -> float:
@@ -111,10 +110,8 @@ class Prediction:
     """The model's figures of a pass on a shape."""
 
     chunks: int
-    warps: float
-    """A multiprocessor, if all programs could be there at once."""
-    moved: float
-    """Bytes."""
+    warps: float  # a multiprocessor, if all programs could be there at once
+    moved: float  # bytes
     kernels: tuple[Terms, ...]
     carry: float
     launches: float

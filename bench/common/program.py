@@ -143,7 +143,7 @@ class Program:
 
     @classmethod
     def _draws(cls) -> bool:
-        return cls.draw.__func__ is not Program.draw.__func__  # type: ignore[attr-defined]
+        return cls.draw.__func__ is not Program.draw.__func__
 
     @classmethod
     def _show(cls, record: Json, folder: Path, written: list[Path]) -> None:
